@@ -1,0 +1,68 @@
+"""Text-to-audio retrieval with a dual encoder: PaSST for sounds, RoBERTa for sentences.
+
+Here stands what every module shares: one error, one way out of a command, one way to write a file.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+MAX_LISTED_FAULTS = 20
+
+
+class InputError(ValueError):
+    """Bad input: its text names the file, row or option and says what to do."""
+
+    @classmethod
+    def of(cls, headline: str, faults: Sequence[str]) -> "InputError":
+        """One error for several faults of one kind: the first twenty, and how many more."""
+        if len(faults) == 1:
+            return cls(f"{headline}: {faults[0]}")
+        lines = [f"{headline} ({len(faults)}):", *faults[:MAX_LISTED_FAULTS]]
+        if len(faults) > MAX_LISTED_FAULTS:
+            lines.append(f"and {len(faults) - MAX_LISTED_FAULTS} more")
+        return cls("\n  ".join(lines))
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a command: bad input and Ctrl-C end it with a line instead of a traceback."""
+    # A file name that is not valid UTF-8 must not stop the message that names it.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        sys.exit(main())
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command goes on from what was saved.", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; on success it is synced and takes path's place.
+
+    A reader, or whoever comes after a crash, finds the old file or the new one, never a part.
+
+    Raises:
+        InputError: the file cannot be written (no space, no permission); the old one is intact.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{path}: cannot be written ({reason}); what was there is kept") from error
+    finally:
+        temporary.unlink(missing_ok=True)

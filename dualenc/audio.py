@@ -1,0 +1,281 @@
+"""Sound file -> one vector per 10 s segment (report, sections 4 and 5).
+
+decode and resample -> crop -> cut into segments -> log-mel -> PaSST with patchout
+
+Shapes: n samples, S segments, F = 1000 frames, W = 768 values (PaSST's width).
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+import torch.nn.functional as F
+import torchaudio
+from hear21passt.models import passt
+from hear21passt.models.preprocess import AugmentMelSTFT
+from torch import Tensor, nn
+
+from dualenc import InputError
+
+SAMPLE_RATE = 32_000  # Hz
+SEGMENT_SECONDS = 10
+SEGMENT_SAMPLES = SEGMENT_SECONDS * SAMPLE_RATE  # 320,000
+MAX_SEGMENTS = 3  # of one clip, as in section 4: 30 s
+CLIP_SAMPLES = MAX_SEGMENTS * SEGMENT_SAMPLES  # 960,000
+MIN_REMAINDER = SAMPLE_RATE // 10  # 0.1 s: less than this after a full segment is dropped
+INT16_SCALE = 32_768  # int16 full scale = 1.0
+
+HOP_SAMPLES = 320  # 10 ms
+SEGMENT_FRAMES = SEGMENT_SAMPLES // HOP_SAMPLES  # 1000
+MEL_BANDS = 128
+MEL_CHUNK = 16  # segments: the spectra of more at once fall out of a CPU's caches
+
+READ_SECONDS = 30  # decoded at a time, so that an hour-long file needs no more memory
+CONTEXT_SECONDS = 1  # on both sides of what is resampled; the filter reaches a few milliseconds
+RATE_STEP = 25  # Hz: the resampler's filter bank grows as the rates' common divisor shrinks
+
+AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif"})
+
+
+# --- Sound file -> waveform (section 4, "sample rate") ---
+
+
+def decode(path: str | Path, max_samples: int | None = None) -> np.ndarray:
+    """Decode a sound file: mean over channels, resampled to 32 kHz.
+
+    Args:
+        path: wav, flac, ogg or mp3 of any sample rate and channel count.
+        max_samples: decode only so much from the start; None decodes the whole file.
+
+    Returns:
+        (n,) float32, n >= 1.
+
+    Raises:
+        InputError: the file is missing, unreadable, empty, or holds values that are not finite.
+    """
+    parts, total = [], 0
+    for block in decode_blocks(path):
+        parts.append(block)
+        total += len(block)
+        if max_samples is not None and total >= max_samples:
+            break
+    return np.concatenate(parts)[:max_samples]
+
+
+def decode_blocks(path: str | Path) -> Iterator[np.ndarray]:
+    """Decode a file of any length in blocks of 30 s: (n,) float32 at 32 kHz, one after the other.
+
+    The blocks joined are what resampling the whole file at once would give.
+    """
+    try:
+        with soundfile.SoundFile(path) as file:
+            if file.frames == 0:
+                raise InputError(f"{path}: holds no samples; replace or remove it")
+            for block in _resampled_blocks(file):
+                if not np.isfinite(block).all():
+                    raise InputError(f"{path}: holds NaN or infinite samples; replace or remove it")
+                yield block
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise InputError(f"{path}: {unreadable(path, error)}; replace or remove it") from error
+
+
+def unreadable(path: str | Path, error: Exception) -> str:
+    """Why a sound file cannot be read, what is plain to see before what the decoder says."""
+    path = Path(path)
+    if path.is_dir():
+        return "is a folder, not a sound file"
+    try:
+        with open(path, "rb") as file:
+            if not file.read(1):
+                return "is empty"
+    except OSError as os_error:
+        return os_error.strerror
+    return f"cannot be decoded ({getattr(error, 'error_string', error)})"
+
+
+def _resampled_blocks(file: soundfile.SoundFile) -> Iterator[np.ndarray]:
+    rate = RATE_STEP * max(1, round(file.samplerate / RATE_STEP))
+    before = np.zeros(0, np.float32)  # context already given out
+    ahead = _read_mono(file, (READ_SECONDS + CONTEXT_SECONDS) * rate)
+    while len(ahead):
+        here = ahead[: READ_SECONDS * rate]
+        resampled = resample(np.concatenate([before, ahead]), rate)
+        start = round(len(before) * SAMPLE_RATE / rate)  # exact: whole seconds
+        yield resampled[start : start + math.ceil(len(here) * SAMPLE_RATE / rate)]
+        before = here[-CONTEXT_SECONDS * rate :]
+        ahead = ahead[len(here) :]
+        ahead = np.concatenate([ahead, _read_mono(file, len(here))])
+
+
+def _read_mono(file: soundfile.SoundFile, frames: int) -> np.ndarray:
+    return file.read(frames, dtype="float32", always_2d=True).mean(axis=1)
+
+
+def resample(waveform: np.ndarray, rate: int) -> np.ndarray:
+    """(n,) float32 at rate Hz -> (ceil(n * 32000 / rate),) at 32 kHz."""
+    if rate == SAMPLE_RATE:
+        return waveform
+    return torchaudio.functional.resample(torch.from_numpy(waveform), rate, SAMPLE_RATE).numpy()
+
+
+def to_int16(waveform: np.ndarray) -> np.ndarray:
+    """(n,) float in -1..1 -> (n,) int16, clipped; int16 is returned as it is."""
+    if waveform.dtype == np.int16:
+        return waveform
+    scaled = np.clip(np.rint(waveform * INT16_SCALE), -INT16_SCALE, INT16_SCALE - 1)
+    return scaled.astype(np.int16)
+
+
+# --- Waveform -> segments (section 4, "segment handling" and "chunking") ---
+
+
+def crop(waveform: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
+    """(n,) -> (at most 960,000,): a random 30 s in training, the first 30 s without a generator."""
+    excess = len(waveform) - CLIP_SAMPLES
+    if excess <= 0:
+        return waveform
+    start = 0 if rng is None else int(rng.integers(excess + 1))
+    return waveform[start : start + CLIP_SAMPLES]
+
+
+def segment_count(n_samples: int) -> int:
+    """How many segments n samples (of any length) make; a remainder under 0.1 s does not count."""
+    full, remainder = divmod(n_samples, SEGMENT_SAMPLES)
+    return max(1, full + (remainder >= MIN_REMAINDER))
+
+
+def cut(waveform: np.ndarray) -> np.ndarray:
+    """(n,) -> (S, 320000), zero-padded in the last segment only: silence is never computed."""
+    count = segment_count(len(waveform))
+    segments = np.zeros((count, SEGMENT_SAMPLES), waveform.dtype)
+    used = waveform[: count * SEGMENT_SAMPLES]
+    segments.reshape(-1)[: len(used)] = used
+    return segments
+
+
+# --- Segments -> log-mel (section 4, "spectrogram extraction") ---
+
+
+@functools.lru_cache(maxsize=8)
+def _mel_filters(fmin: float, fmax: float, device: torch.device) -> Tensor:
+    """(128, 513): Kaldi's triangular filters; the Nyquist bin, which it leaves out, weighs zero."""
+    filters, _ = torchaudio.compliance.kaldi.get_mel_banks(
+        MEL_BANDS, 1024, SAMPLE_RATE, fmin, fmax, vtln_low=100.0, vtln_high=-500.0,
+        vtln_warp_factor=1.0,
+    )  # fmt: skip
+    return F.pad(filters, (0, 1)).to(device)
+
+
+class LogMel(AugmentMelSTFT):
+    """PaSST's own log-mel with its outputs unchanged, but for the cost.
+
+    hear21passt computes the filters anew at every call; here they are kept. Its frequency and time
+    masking are off, as in the baseline; the jitter of fmin and fmax stays, in training only.
+    """
+
+    def __init__(self):
+        super().__init__(
+            n_mels=MEL_BANDS, sr=SAMPLE_RATE, win_length=800, hopsize=HOP_SAMPLES, n_fft=1024,
+            freqm=0, timem=0, fmin=0.0, fmax=15_000, fmin_aug_range=10, fmax_aug_range=2000,
+        )  # fmt: skip
+
+    def forward(self, segments: Tensor) -> Tensor:
+        """(S, 320000) float32 -> (S, 128, 1000) float32."""
+        fmin, fmax = self.fmin, self.fmax
+        if self.training:
+            # Drawn as hear21passt draws, so that the same seed gives the same spectrogram.
+            fmin = self.fmin + torch.randint(self.fmin_aug_range, (1,)).item()
+            jitter = torch.randint(self.fmax_aug_range, (1,)).item()
+            fmax = self.fmax + self.fmax_aug_range // 2 - jitter
+        filters = _mel_filters(fmin, fmax, segments.device)
+        return torch.cat([self._log_mel(chunk, filters) for chunk in segments.split(MEL_CHUNK)])
+
+    def _log_mel(self, segments: Tensor, filters: Tensor) -> Tensor:
+        emphasised = segments[:, 1:] - 0.97 * segments[:, :-1]
+        spectrum = torch.stft(
+            emphasised, self.n_fft, self.hopsize, self.win_length, self.window, return_complex=True
+        )
+        power = torch.view_as_real(spectrum).square().sum(-1)
+        return ((filters @ power + 1e-5).log() + 4.5) / 5
+
+
+# --- Log-mel -> PaSST (section 5, "PaSST") ---
+
+
+class Attention(nn.Module):
+    """An attention block of hear21passt's with the same weights, by the fused kernel.
+
+    On a CPU in float32 it takes a ninth of the time of the products written out.
+    """
+
+    def __init__(self, plain: passt.Attention):
+        super().__init__()
+        self.heads, self.qkv, self.proj = plain.num_heads, plain.qkv, plain.proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(S, patches, W) -> the same shape."""
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class AudioTower(nn.Module):
+    """PaSST (Koutini et al., Interspeech 2022) from hear21passt, without its classifiers.
+
+    Args:
+        width, depth, heads: the transformer's size.
+        patch: (mel bands, frames) of one patch; neighbouring patches do not overlap.
+        patchout: (rows, columns) of the patch grid left out in training, drawn per batch.
+    """
+
+    def __init__(
+        self, width: int, depth: int, heads: int, patch: tuple[int, int], patchout: tuple[int, int]
+    ):
+        super().__init__()
+        passt.first_RUN = False  # else hear21passt prints every shape of its first forward
+        self.mel = LogMel()
+        self.passt = passt.PaSST(
+            img_size=(MEL_BANDS, SEGMENT_FRAMES), patch_size=patch, stride=patch, embed_dim=width,
+            depth=depth, num_heads=heads, s_patchout_f=patchout[0], s_patchout_t=patchout[1],
+            num_classes=1, distilled=True,
+        )  # fmt: skip
+        for block in self.passt.blocks:
+            block.attn = Attention(block.attn)
+        self.passt.head = nn.Identity()
+        self.passt.head_dist = nn.Identity()  # not None: the distillation token stays in use
+
+    def forward(self, segments: Tensor) -> Tensor:
+        """(S, 320000) int16, or float in -1..1 -> (S, W): class and distillation token averaged."""
+        if segments.dtype == torch.int16:
+            segments = segments.float() / INT16_SCALE
+        with torch.autocast(segments.device.type, enabled=False):
+            log_mel = self.mel(segments)
+        _, features = self.passt(log_mel.unsqueeze(1))
+        return features
+
+
+PASST_NAME = "passt_s_p16_s16_128_ap468"
+CLASSIFIER_KEYS = frozenset(
+    {"head.0.weight", "head.0.bias", "head.1.weight", "head.1.bias"}
+    | {"head_dist.weight", "head_dist.bias"}
+)  # AudioSet's 527 classes
+
+
+def published_passt() -> dict[str, Tensor]:
+    """The published PaSST weights, downloaded once into torch's hub folder.
+
+    Raises:
+        InputError: they cannot be fetched; says the two ways out.
+    """
+    url = passt.default_cfgs[PASST_NAME]["url"]
+    try:
+        weights = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(
+            f"PaSST's weights cannot be fetched from {url} ({error}): copy the file into "
+            f"{torch.hub.get_dir()}/checkpoints, or go on without with --init random"
+        ) from error
+    return {name: value for name, value in weights.items() if name not in CLASSIFIER_KEYS}

@@ -1,0 +1,352 @@
+"""The dual encoder (report, sections 2 and 5): two towers, two linear heads, one temperature.
+
+    sound   -> 10 s segments -> PaSST -> linear -> mean over the clip's segments -> unit norm
+    caption -> tokens        -> RoBERTa's <s>   -> linear                        -> unit norm
+
+Shapes: C clips, S segments of all clips together, Q captions, L tokens, D = 1024 embedding values,
+n samples. A checkpoint holds configuration, tokenizer, weights and what they were trained on, so
+that it loads with no other file and no network.
+"""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import RobertaConfig
+
+from dualenc import InputError, replacing
+from dualenc.audio import (
+    CLIP_SAMPLES,
+    INT16_SCALE,
+    AudioTower,
+    crop,
+    cut,
+    decode,
+    published_passt,
+)
+from dualenc.text import (
+    PAD_ID,
+    TextTower,
+    load_tokenizer,
+    parse_tokenizer,
+    published_roberta,
+    published_roberta_config,
+    tokenize,
+    train_tokenizer,
+)
+
+FORMAT = "dualenc 1"  # raise the number when older readers would misread a checkpoint
+TAU_BOUNDS = (0.005, 1.0)  # of a learnable temperature: beyond them the loss over- or underflows
+EMBED_SEGMENTS = 16  # at a time without gradients: enough to fill a CPU, little memory on a GPU
+EMBED_CAPTIONS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class DualEncoderConfig:
+    """Every size of the model; the defaults are the report's. Stored in the checkpoint."""
+
+    preset: str = "report"  # whose training defaults suit the model
+    # PaSST, passt_s_p16_s16_128_ap468: 8 x 62 patches of a 10 s segment
+    audio_width: int = 768
+    audio_depth: int = 12
+    audio_heads: int = 12
+    patch: tuple[int, int] = (16, 16)  # mel bands, 10 ms frames
+    patchout: tuple[int, int] = (2, 15)  # rows, columns of patches left out in training
+    # RoBERTa-large
+    vocabulary: int = 50_265
+    text_width: int = 1024
+    text_depth: int = 24
+    text_heads: int = 16
+    text_hidden: int = 4096
+    text_positions: int = 514
+    text_dropout: float = 0.2  # of hidden states and attention, as in the baseline
+    # the shared space
+    embedding: int = 1024
+    tau: float = 0.05
+    learn_tau: bool = False
+
+
+PRESETS = {
+    "report": DualEncoderConfig(),
+    # The same code with smaller numbers, learnt from scratch in a minute on two cores.
+    "tiny": DualEncoderConfig(
+        preset="tiny", audio_width=96, audio_depth=2, audio_heads=3, patch=(64, 16), patchout=(0, 15),
+        vocabulary=1000, text_width=96, text_depth=2, text_heads=3, text_hidden=384,
+        text_positions=66, text_dropout=0.1,
+    ),
+}  # fmt: skip
+
+
+class DualEncoder(nn.Module):
+    """Embeds sounds and sentences in one space, where their cosine says how well they match.
+
+    Attributes:
+        config, tokenizer: what the checkpoint holds beside the weights.
+        trained_on: the "dataset/split" names that the weights have seen, teachers' included.
+        precision: the towers' autocast type; None computes in float32.
+    """
+
+    def __init__(self, config: DualEncoderConfig, tokenizer: Tokenizer):
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        self.trained_on: list[str] = []
+        self.precision: torch.dtype | None = None
+        self.audio = AudioTower(
+            config.audio_width, config.audio_depth, config.audio_heads, config.patch,
+            config.patchout,
+        )  # fmt: skip
+        self.text = TextTower(
+            RobertaConfig(
+                vocab_size=config.vocabulary, hidden_size=config.text_width,
+                num_hidden_layers=config.text_depth, num_attention_heads=config.text_heads,
+                intermediate_size=config.text_hidden, layer_norm_eps=1e-5, type_vocab_size=1,
+                max_position_embeddings=config.text_positions, pad_token_id=PAD_ID,
+                hidden_dropout_prob=config.text_dropout,
+                attention_probs_dropout_prob=config.text_dropout,
+            )
+        )  # fmt: skip
+        self.audio_projection = nn.Linear(config.audio_width, config.embedding)
+        self.text_projection = nn.Linear(config.text_width, config.embedding)
+        self.tau = nn.Parameter(torch.tensor(config.tau), requires_grad=config.learn_tau)
+
+    def set_temperature(self, tau: float | None, learn: bool) -> None:
+        """Start from another temperature (None keeps it), fixed or learnt."""
+        tau = self.tau.item() if tau is None else tau
+        self.config = dataclasses.replace(self.config, tau=tau, learn_tau=learn)
+        self.tau = nn.Parameter(torch.full_like(self.tau, tau), requires_grad=learn)
+
+    # --- The two directions, with gradients ---
+
+    def project_segments(self, segments: Tensor) -> Tensor:
+        """(S, 320000) int16 or float -> (S, D), not normalised: a clip's mean over them is its own.
+
+        The baseline averages before the linear head; a mean passes through it unchanged.
+        """
+        with self._autocast():
+            features = self.audio(segments)
+        return self.audio_projection(features.float())
+
+    def encode_audio(self, segments: Tensor, counts: Tensor) -> Tensor:
+        """(S, 320000), (C,) segments of each clip, summing to S -> (C, D) unit norm."""
+        vectors = self.project_segments(segments)
+        return F.normalize(torch.segment_reduce(vectors, "mean", lengths=counts), dim=1)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """(Q, L) int64 -> (Q, D) unit norm."""
+        with self._autocast():
+            features = self.text(tokens)
+        return F.normalize(self.text_projection(features.float()), dim=1)
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.precision is not None
+        return torch.autocast(self.device.type, dtype=self.precision, enabled=enabled)
+
+    # --- The two directions, for users ---
+
+    def embed_audio(self, sounds: Iterable[str | os.PathLike | np.ndarray | Tensor]) -> Tensor:
+        """Embed sounds, of each its first 30 s.
+
+        Args:
+            sounds: paths, or mono 32 kHz waveforms, (n,) float in -1..1 or int16. Taken one by
+                one, so that a generator (or a progress bar around the list) will do.
+
+        Returns:
+            (N, D) float32 on the CPU, unit norm, in the order of sounds.
+
+        Raises:
+            InputError: a file cannot be read, or a waveform is not one.
+        """
+        with self._inference():
+            parts = [
+                self.encode_audio(segments.to(self.device), counts.to(self.device)).cpu()
+                for segments, counts in _packed(map(_waveform, sounds))
+            ]
+        return torch.cat([torch.zeros(0, self.config.embedding), *parts])
+
+    def embed_text(self, captions: Sequence[str]) -> Tensor:
+        """Embed captions: (Q, D) float32 on the CPU, unit norm."""
+        # Neighbours of like length need little padding.
+        order = sorted(range(len(captions)), key=lambda i: len(captions[i]))
+        embeddings = torch.zeros(len(captions), self.config.embedding)
+        with self._inference():
+            for start in range(0, len(order), EMBED_CAPTIONS):
+                rows = order[start : start + EMBED_CAPTIONS]
+                tokens = tokenize(self.tokenizer, [captions[i] for i in rows])
+                embeddings[rows] = self.encode_text(tokens.to(self.device)).cpu()
+        return embeddings
+
+    @contextlib.contextmanager
+    def _inference(self) -> Iterator[None]:
+        training = self.training
+        self.eval()  # no dropout, patchout or jitter
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            self.train(training)
+
+    @property
+    def device(self) -> torch.device:
+        return self.tau.device
+
+    # --- Making, saving, loading ---
+
+    @classmethod
+    def create(
+        cls, preset: str, init: str, captions: Sequence[str], text_model: str | None = None,
+        **changes,
+    ) -> "DualEncoder":  # fmt: skip
+        """A new model.
+
+        Args:
+            preset: "report" or "tiny".
+            init: "pretrained" (published PaSST and RoBERTa weights) or "random".
+            captions: a byte-level BPE is trained on them where no published tokenizer is used.
+            text_model: a RoBERTa at the Hugging Face hub, or a local folder; its sizes replace the
+                preset's. None stands for roberta-large if pretrained.
+            changes: values of DualEncoderConfig that replace the preset's.
+        """
+        config = dataclasses.replace(PRESETS[preset], **changes)
+        if init == "pretrained":
+            text_model = text_model or "roberta-large"
+        if text_model:
+            tokenizer = load_tokenizer(text_model)
+            config = _with_sizes_of(config, published_roberta_config(text_model))
+        else:
+            tokenizer = train_tokenizer(captions, config.vocabulary)
+        model = cls(config, tokenizer)
+        if init == "pretrained":
+            _load_strictly(model.audio.passt, published_passt(), "the published PaSST")
+            _load_strictly(model.text.roberta, published_roberta(text_model), text_model)
+        return model
+
+    def checkpoint(self) -> dict:
+        """All that load() needs, made of plain values and tensors."""
+        return {
+            "format": FORMAT,
+            "config": dataclasses.asdict(self.config),
+            "tokenizer": self.tokenizer.to_str(),
+            "trained_on": self.trained_on,
+            "model": self.state_dict(),
+        }
+
+    def save(self, path: str | os.PathLike) -> None:
+        with replacing(path) as temporary:
+            torch.save(self.checkpoint(), temporary)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike,
+        device: str | torch.device = "cpu",
+        tokenizer: str | os.PathLike | None = None,
+    ) -> "DualEncoder":
+        """Load a checkpoint; nothing in the file is executed.
+
+        Args:
+            path: best.pt or last.pt of a run.
+            device: where the model is put.
+            tokenizer: a name, folder or tokenizer.json instead of the checkpoint's own.
+
+        Raises:
+            InputError: the file is missing, damaged, or not a checkpoint of this program.
+        """
+        checkpoint = read_checkpoint(path)
+        try:
+            config = DualEncoderConfig(**checkpoint["config"])
+            if tokenizer is None:
+                own = parse_tokenizer(checkpoint["tokenizer"])
+            else:
+                own = load_tokenizer(tokenizer)
+            model = cls(config, own)
+            model.trained_on = list(checkpoint["trained_on"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: is not a complete checkpoint ({error})") from error
+        _load_strictly(model, checkpoint["model"], path)
+        return model.to(device).eval()
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict:
+    """The dictionary in a checkpoint of this program, on the CPU, without unpickling code.
+
+    Raises:
+        InputError: the file is missing, damaged, of another program, or of a newer version.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such checkpoint file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch.load raises whatever its parsers meet
+        raise InputError(f"{path}: is damaged or not a checkpoint; nothing was loaded") from error
+    found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
+    if found != FORMAT:
+        raise InputError(f"{path}: is not a checkpoint that this version reads ({found!r})")
+    return checkpoint
+
+
+def _with_sizes_of(config: DualEncoderConfig, roberta: RobertaConfig) -> DualEncoderConfig:
+    return dataclasses.replace(
+        config,
+        vocabulary=roberta.vocab_size,
+        text_width=roberta.hidden_size,
+        text_depth=roberta.num_hidden_layers,
+        text_heads=roberta.num_attention_heads,
+        text_hidden=roberta.intermediate_size,
+        text_positions=roberta.max_position_embeddings,
+    )
+
+
+def _load_strictly(module: nn.Module, weights: dict[str, Tensor], source) -> None:
+    """Load weights whose names and shapes are exactly the module's.
+
+    Raises:
+        InputError: names the first few that are not.
+    """
+    own = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    theirs = {name: tuple(value.shape) for name, value in weights.items()}
+    faults = [f"lacks {name}" for name in own if name not in theirs]
+    faults += [f"has {name}, which is unknown" for name in theirs if name not in own]
+    faults += [
+        f"{name} has shape {theirs[name]}, not {own[name]}"
+        for name in own
+        if name in theirs and own[name] != theirs[name]
+    ]
+    if faults:
+        raise InputError.of(f"{source}: its weights do not fit", faults)
+    module.load_state_dict(weights)
+
+
+def _waveform(sound: str | os.PathLike | np.ndarray | Tensor) -> np.ndarray:
+    """A sound as embed_audio takes it -> its first 30 s, (n,) float32."""
+    if isinstance(sound, str | os.PathLike):
+        return decode(sound, CLIP_SAMPLES)
+    waveform = np.asarray(sound)
+    if waveform.ndim != 1 or len(waveform) == 0:
+        raise InputError(f"a waveform of shape {waveform.shape}: (n,) with n >= 1 is needed")
+    waveform = crop(waveform)
+    if waveform.dtype == np.int16:
+        return waveform.astype(np.float32) / INT16_SCALE
+    return waveform.astype(np.float32)
+
+
+def _packed(waveforms: Iterable[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of whole clips: (S, 320000) float32 and (C,) segments of each."""
+    clips: list[np.ndarray] = []
+    for waveform in waveforms:
+        clips.append(cut(waveform))
+        if sum(map(len, clips)) >= EMBED_SEGMENTS:
+            yield _batch(clips)
+            clips = []
+    if clips:
+        yield _batch(clips)
+
+
+def _batch(clips: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+    return torch.from_numpy(np.concatenate(clips)), torch.tensor([len(clip) for clip in clips])

@@ -1,0 +1,108 @@
+"""What a run leaves on disk, and how the same command goes on from it.
+
+    runs/NAME/log.jsonl   first line: every setting; then a JSON object per step interval and epoch
+    runs/NAME/last.pt     the state of the run: loadable as a model, and all that resuming needs
+    runs/NAME/best.pt     the model of the best epoch by validation mAP@10
+
+The log holds no times: a run that was interrupted and resumed writes the same lines as one that was
+left alone.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from dualenc import InputError, replacing
+from dualenc.model import read_checkpoint
+
+# Settings that may differ between a run and its resumption: they do not change the mathematics.
+FREE_SETTINGS = frozenset({
+    "out", "data_dir", "cache_dir", "teacher_cache", "device", "workers", "epochs", "max_steps",
+    "checkpoint_every", "micro_batch", "compile",
+})  # fmt: skip
+
+
+class Run:
+    """A run folder.
+
+    Args:
+        folder: made if it is not there.
+        settings: plain values; they become the log's first line.
+
+    Raises:
+        InputError: the folder holds something else, or a run with other settings.
+    """
+
+    def __init__(self, folder: Path, settings: dict):
+        self.folder = folder
+        self.log_path = folder / "log.jsonl"
+        self.last, self.best = folder / "last.pt", folder / "best.pt"
+        # As JSON reads them back: tuples are lists, paths are strings.
+        self.settings = json.loads(json.dumps(settings, default=str))
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"--out {folder}: is a file, not a folder")
+        if self.log_path.exists():
+            self._refuse_changes()
+        elif folder.exists() and any(p for p in folder.iterdir() if not p.name.startswith(".")):
+            raise InputError(f"--out {folder}: holds other files than a run's; name another folder")
+        else:
+            with replacing(self.log_path) as temporary:
+                temporary.write_text(json.dumps(self.settings) + "\n")
+
+    def _refuse_changes(self) -> None:
+        try:
+            with open(self.log_path, encoding="utf-8") as file:
+                old = json.loads(file.readline())
+            names = dict.fromkeys([*old, *self.settings])
+        except (ValueError, TypeError) as error:
+            raise InputError(f"--out {self.folder}: its log.jsonl is not a run's log") from error
+        changes = [
+            f"--{name.replace('_', '-')}: was {old.get(name)}, now {self.settings.get(name)}"
+            for name in names
+            if name not in FREE_SETTINGS and old.get(name) != self.settings.get(name)
+        ]
+        if changes:
+            raise InputError.of(
+                f"{self.folder} holds a run with other settings; give its settings, or another "
+                "--out",
+                changes,
+            )
+
+    def load_state(self) -> dict | None:
+        """What save_state saved last; the log is cut back to where it was then."""
+        if self.last.exists():
+            checkpoint = read_checkpoint(self.last)
+            state = checkpoint["training"] | {"model": checkpoint["model"]}
+            log_bytes = checkpoint["log_bytes"]
+        else:
+            with open(self.log_path, "rb") as file:
+                state, log_bytes = None, len(file.readline())
+        with open(self.log_path, "rb+") as file:
+            file.truncate(log_bytes)
+        return state
+
+    def save_state(self, model_checkpoint: dict, training: dict) -> None:
+        """Write last.pt: a model's checkpoint, the training state, and the log's length."""
+        state = model_checkpoint | {
+            "training": training,
+            "log_bytes": self.log_path.stat().st_size,
+        }
+        with replacing(self.last) as temporary:
+            torch.save(state, temporary)
+
+    def save_best(self, model_checkpoint: dict, metrics: dict[str, float], epoch: int) -> None:
+        with replacing(self.best) as temporary:
+            torch.save(model_checkpoint | {"validation": metrics, "epoch": epoch}, temporary)
+
+    def log(self, **values) -> None:
+        with open(self.log_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+def newest_best(runs: Path = Path("runs")) -> Path:
+    """The best.pt that was written last below the folder of runs."""
+    found = sorted(runs.glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise InputError(f"{runs}: no run with a best.pt here; train first, or give --checkpoint")
+    return found[-1]

@@ -1,0 +1,159 @@
+"""What the two stages do alike: open the data, say what is about to happen, train, say the end."""
+
+import argparse
+import dataclasses
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from dualenc import InputError
+from dualenc.data import AudioCache, PairBatches, open_cache
+from dualenc.layouts import Split, hold_out, read_split, training_splits
+from dualenc.model import DualEncoder
+from dualenc.processes import Processes
+from dualenc.runs import Run
+from dualenc.training import SELECTION_METRIC, Options, Trainer, choose_precision
+
+NAMED_DATASETS = ("clotho", "audiocaps")
+
+
+def read_splits(args: argparse.Namespace) -> tuple[list[Split], Split]:
+    """The splits to train on, and the one to choose the best epoch by.
+
+    That is Clotho's validation split, or, where only folders are trained on, a tenth of the first
+    folder's clips; --validation names another data set.
+    """
+    splits = [s for name in args.datasets for s in training_splits(name, args.data_dir)]
+    if args.validation:
+        return splits, read_split(args.validation, "val", args.data_dir)
+    if any(name in NAMED_DATASETS for name in args.datasets):
+        return splits, read_split("clotho", "val", args.data_dir)
+    splits[0], held = hold_out(splits[0])
+    return splits, held
+
+
+def initial_model(
+    init: str, preset: str, text_model: str | None, captions: Sequence[str], seed: int
+) -> DualEncoder:
+    """A new model, or a checkpoint's, in the state in which training begins."""
+    torch.manual_seed(seed)
+    if init in ("pretrained", "random"):
+        return DualEncoder.create(preset, init, captions, text_model)
+    if not Path(init).is_file():
+        raise InputError(f"--init {init}: is neither pretrained, random, nor a checkpoint file")
+    if text_model:
+        raise InputError("--text-model goes with --init pretrained or random, not a checkpoint")
+    return DualEncoder.load(init)
+
+
+def open_caches(
+    splits: Sequence[Split], args: argparse.Namespace, processes: Processes
+) -> list[AudioCache]:
+    folder = args.cache_dir or args.data_dir / "cache"
+    with processes.first_goes_first():
+        return [open_cache(split, folder) for split in splits]
+
+
+def describe(split: Split, cache: AudioCache) -> str:
+    """One line on what was found of a split."""
+    line = (
+        f"{split.name}: {len(split.clips):,} clips, {len(split.captions):,} captions, "
+        f"{cache.seconds / 3600:.2f} h ({split.layout} layout)"
+    )
+    if split.missing:
+        total = len(split.clips) + len(split.missing)
+        line += f"; {len(split.missing):,} of {total:,} clips are not on disk"
+    return line
+
+
+def millions(module: torch.nn.Module) -> str:
+    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"
+
+
+def precision_name(model: DualEncoder) -> str:
+    return {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[model.precision]
+
+
+def open_run(
+    stage: str,
+    args: argparse.Namespace,
+    model: DualEncoder,
+    splits: Sequence[Split],
+    options: Options,
+    **more,
+) -> Run:
+    """The run's folder, new or to be resumed; every setting becomes the first line of its log."""
+    folder = args.out or Path("runs") / default_name(stage, args, model, options)
+    data = {split.name: [len(split.clips), len(split.captions)] for split in splits}
+    settings = {
+        "stage": stage,
+        "datasets": args.datasets,
+        "data": data,
+        "init": args.init,
+        "model": dataclasses.asdict(model.config),
+        "precision": precision_name(model),
+        **dataclasses.asdict(options),
+        **more,
+    }
+    return Run(folder, settings)
+
+
+def default_name(
+    stage: str, args: argparse.Namespace, model: DualEncoder, options: Options
+) -> str:
+    """A run's name where --out is not given: the same command finds its run again."""
+    parts = [stage, *(Path(name).resolve().name for name in args.datasets)]
+    parts += [model.config.preset] if model.config.preset != "report" else []
+    return "-".join([*parts, f"seed{options.seed}"])
+
+
+def place(model: DualEncoder, args: argparse.Namespace, processes: Processes) -> DualEncoder:
+    """Move a model to where it computes, in the precision asked for."""
+    model.precision = choose_precision(args.precision, processes.device)
+    return model.to(processes.device)
+
+
+def announce(
+    trainer: Trainer, batches: PairBatches, splits: Sequence[tuple[Split, AudioCache]]
+) -> None:
+    """The first lines of a run: what is about to happen. The last split validates."""
+    if not trainer.processes.first:
+        return
+    model, options, processes = trainer.model, trainer.options, trainer.processes
+    of_processes = f" in each of {processes.world} processes" if processes.world > 1 else ""
+    print(f"device      {processes.device}{of_processes}, towers in {precision_name(model)}")
+    print(
+        f"model       {model.config.preset}, {millions(model)} parameters "
+        f"(PaSST {millions(model.audio)}, RoBERTa {millions(model.text)})"
+    )
+    for role, (split, cache) in zip(
+        ["train on"] * (len(splits) - 1) + ["validate on"], splits, strict=True
+    ):
+        print(f"{role:11} {describe(split, cache)}")
+    steps = batches.steps_per_epoch * options.epochs
+    print(
+        f"steps       {batches.steps_per_epoch:,} an epoch, {options.epochs} epochs, {steps:,} in all"
+        f"; batches of {batches.pairs_per_batch} pairs"
+    )
+    begun = f", going on after step {trainer.step:,}" if trainer.step else ""
+    print(f"run         {trainer.run.folder}{begun}", flush=True)
+
+
+def finish(trainer: Trainer, ended_by: signal.Signals | None) -> int:
+    """Say how a run ended and what comes next; returns the exit status."""
+    run = trainer.run
+    if trainer.processes.first:
+        if ended_by:
+            print(
+                f"{ended_by.name} after step {trainer.step:,}: saved in {run.last}; the same "
+                "command goes on from there."
+            )
+        else:
+            print(
+                f"Done after step {trainer.step:,}. Best validation {SELECTION_METRIC} "
+                f"{100 * trainer.best:.2f} %: {run.best}\n"
+                f"Next: python evaluate.py --split test --checkpoint {run.best}"
+            )
+    return 130 if ended_by == signal.SIGINT else 0

@@ -1,0 +1,368 @@
+"""The one training loop, for both stages (report, section 2; the rest as in the baseline).
+
+schedule -> precision -> processes -> step -> loop. A script hands in the loss.
+
+Shapes: B pairs of the whole batch, over all processes; D embedding values.
+"""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from dualenc import InputError
+from dualenc.data import Batch, PairBatches
+from dualenc.losses import gather
+from dualenc.model import TAU_BOUNDS, DualEncoder
+from dualenc.processes import Processes
+from dualenc.runs import Run
+
+# (audio (B, D), text (B, D), batch, tau) -> {"loss": what is minimised, and its parts by name}
+Loss = Callable[[Tensor, Tensor, Batch, Tensor], dict[str, Tensor]]
+Validate = Callable[[DualEncoder], dict[str, float]]
+SELECTION_METRIC = "mAP@10"  # best.pt is the epoch with the highest on the validation split
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to train; the defaults are the report's, or the baseline's where it is silent."""
+
+    epochs: int = 20
+    batch_size: int = 64
+    captions_per_clip: int = 1
+    micro_batch: int | None = None
+    warmup_epochs: float = 1
+    decay_epochs: float = 15
+    max_lr: float = 2e-5
+    min_lr: float = 1e-7
+    weight_decay: float = 0.0
+    seed: int = 0
+    max_steps: int | None = None
+    log_every: int = 10
+    checkpoint_every: int | None = None
+    workers: int = 2
+
+
+# --- Schedule ---
+
+
+def learning_rate(
+    step: int, steps_per_epoch: int, warmup_epochs: float, decay_epochs: float,
+    max_lr: float, min_lr: float,
+) -> float:  # fmt: skip
+    """Linear from min_lr to max_lr over the warm-up, a half cosine back to min_lr, then constant.
+
+    Args:
+        step: from 0, counted over the whole run.
+        warmup_epochs, decay_epochs: lengths; the decay begins where the warm-up ends.
+    """
+    warmup, decay = warmup_epochs * steps_per_epoch, decay_epochs * steps_per_epoch
+    if step < warmup:
+        return min_lr + (max_lr - min_lr) * step / warmup
+    if step < warmup + decay:
+        return min_lr + (max_lr - min_lr) * (1 + math.cos(math.pi * (step - warmup) / decay)) / 2
+    return min_lr
+
+
+# --- Precision ---
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype | None:
+    """The towers' autocast type: "auto", "bf16", "fp16", or "fp32", which is None.
+
+    auto takes bf16 where it is fast, fp16 (with a gradient scaler) on older GPUs, and float32 on
+    other CPUs.
+    """
+    if name == "auto" and device.type == "cuda":
+        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif name == "auto":
+        name = "bf16" if _bf16_is_faster_here() else "fp32"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[name]
+
+
+def _bf16_is_faster_here() -> bool:
+    """Measured, in some 50 ms: CPUs with bf16 instructions may be slower with them than without."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        a, b = torch.ones(512, 768, dtype=dtype), torch.ones(768, 3072, dtype=dtype)
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            a @ b
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
+
+
+# --- One step ---
+
+
+def step_gradients(
+    model: DualEncoder,
+    batch: Batch,
+    loss_of: Loss,
+    processes: Processes,
+    seed: int,
+    micro_batch: int | None = None,
+    scale: Callable[[Tensor], Tensor] = lambda loss: loss,
+) -> dict[str, Tensor]:
+    """Add the whole batch's gradient to the parameters' and return the losses, without graph.
+
+    With micro_batch the gradient is the same, in two passes over pieces of so many pairs (GradCache,
+    Gao et al. 2021): embed without graph, take the loss's gradient with respect to the embeddings,
+    then embed each piece again, with its graph and the same random numbers, and send its part of
+    that gradient through it. Memory is that of one piece, the negatives are the whole batch's.
+
+    Args:
+        seed: of this step's dropout, patchout and jitter.
+        scale: applied to the loss before its gradient is taken (fp16).
+    """
+    pieces = batch.pieces(micro_batch) if micro_batch else [batch]
+    two_passes = len(pieces) > 1
+
+    def embed(i: int) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(_mixed(seed, processes.rank, i))
+        return _embed_pairs(model, pieces[i])
+
+    with torch.set_grad_enabled(not two_passes):
+        embedded = [embed(i) for i in range(len(pieces))]
+    audio, text = (torch.cat(side) for side in zip(*embedded, strict=True))
+    if two_passes:
+        audio.requires_grad_()
+        text.requires_grad_()
+    losses = loss_of(gather(audio, batch.sizes), gather(text, batch.sizes), batch, model.tau)
+    # Every process computes the whole batch's loss; gradients are summed over processes.
+    scale(losses["loss"] / processes.world).backward()
+    if two_passes:
+        sizes = [len(piece.tokens) for piece in pieces]
+        gradients = zip(audio.grad.split(sizes), text.grad.split(sizes), strict=True)
+        for i, gradient in enumerate(gradients):
+            torch.autograd.backward(embed(i), gradient)
+    if processes.world > 1:
+        _sum_gradients(model)
+    return {name: value.detach() for name, value in losses.items()}
+
+
+def _embed_pairs(model: DualEncoder, batch: Batch) -> tuple[Tensor, Tensor]:
+    if len(batch.tokens) == 0:  # a last batch with fewer pairs than processes
+        nothing = torch.zeros(0, model.config.embedding, device=batch.tokens.device)
+        return nothing, nothing.clone()
+    audio = model.encode_audio(batch.segments, batch.counts)
+    return audio[batch.clip_of_pair], model.encode_text(batch.tokens)
+
+
+def _mixed(*numbers: int) -> int:
+    """One seed from several numbers: the same everywhere, another where any of them differs."""
+    mixed = 0
+    for number in numbers:
+        mixed = (mixed * 1_000_003 + number + 1) % 2**63
+    return mixed
+
+
+def _sum_gradients(model: DualEncoder) -> None:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        if parameter.grad is None:  # this process had no pairs
+            parameter.grad = torch.zeros_like(parameter)
+    for work in [dist.all_reduce(p.grad, async_op=True) for p in parameters]:
+        work.wait()
+
+
+# --- The loop ---
+
+
+class Losses:
+    """The losses of the current epoch's steps, fetched from the device only when they are read."""
+
+    def __init__(self, fetched: list[dict[str, float]]):
+        self.fetched = fetched
+        self.pending: list[tuple[int, dict[str, Tensor]]] = []
+
+    def add(self, step: int, losses: dict[str, Tensor]) -> None:
+        self.pending.append((step, losses))
+
+    def fetch(self) -> list[dict[str, float]]:
+        """All of the epoch.
+
+        Raises:
+            InputError: names the first step whose loss is not finite.
+        """
+        for step, losses in self.pending:
+            values = {name: value.item() for name, value in losses.items()}
+            if not math.isfinite(values["loss"]):
+                raise InputError(
+                    f"step {step}: the loss is {values['loss']}; stopped, and last.pt is as it was "
+                    "(a lower --max-lr or --precision fp32 may help)"
+                )
+            self.fetched.append(values)
+        self.pending = []
+        return self.fetched
+
+    def mean(self, last: int | None = None) -> dict[str, float]:
+        """Over the last so many steps of the epoch, or over all."""
+        chosen = self.fetch()[-last:] if last else self.fetch()
+        return {name: sum(v[name] for v in chosen) / len(chosen) for name in chosen[0]}
+
+
+class Trainer:
+    """A model in training: everything that changes from step to step, and how to go on with it."""
+
+    def __init__(
+        self, model: DualEncoder, loss_of: Loss, run: Run, options: Options, processes: Processes
+    ):
+        self.model, self.loss_of, self.run = model, loss_of, run
+        self.options, self.processes = options, processes
+        self.optimizer = torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad], lr=options.min_lr,
+            weight_decay=options.weight_decay, fused=True,
+        )  # fmt: skip
+        fp16 = model.precision == torch.float16
+        self.scaler = torch.amp.GradScaler(model.device.type, enabled=fp16)
+        self.step, self.best = 0, -1.0
+        self.losses = Losses([])
+        self._resume()
+
+    def _resume(self) -> None:
+        state = self.run.load_state()
+        if state is None:
+            return
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.best = state["step"], state["best"]
+        self.losses = Losses(state["losses"])
+
+    def save(self) -> None:
+        """Write last.pt; a loss that is not finite is found before it could be saved."""
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+            "best": self.best,
+            "losses": self.losses.fetch(),
+        }
+        if self.processes.first:
+            self.run.save_state(self.model.checkpoint(), state)
+
+    def fit(self, batches: PairBatches, validate: Validate) -> signal.Signals | None:
+        """Train to the last epoch or step; returns the signal that ended it before, if any."""
+        options, per_epoch = self.options, batches.steps_per_epoch
+        total = options.epochs * per_epoch
+        end = min(total, options.max_steps or total)
+        loader = DataLoader(
+            batches, batch_size=None, sampler=range(self.step, end), num_workers=options.workers,
+            pin_memory=self.model.device.type == "cuda", worker_init_fn=_leave_signals_to_parent,
+        )  # fmt: skip
+        with stop_signals() as stop, self._progress_bar(batches, end) as bar:
+            for batch in loader:
+                rate = learning_rate(
+                    self.step, per_epoch, options.warmup_epochs, options.decay_epochs,
+                    options.max_lr, options.min_lr,
+                )  # fmt: skip
+                self._train_step(batch.to(self.model.device), rate)
+                bar.update(len(batch.pair_ids))
+                in_epoch = (self.step - 1) % per_epoch + 1
+                if in_epoch % options.log_every == 0 or in_epoch == per_epoch:
+                    self._log_interval(bar, rate, per_epoch)
+                if in_epoch == per_epoch:
+                    self._end_epoch(bar, validate, per_epoch)
+                stopping = self.processes.any(stop.requested is not None)
+                due = options.checkpoint_every and self.step % options.checkpoint_every == 0
+                if stopping or due or in_epoch == per_epoch or self.step == end:
+                    self.save()
+                if stopping:
+                    return stop.requested or signal.SIGTERM
+            if self.losses.fetch():  # --max-steps ended it within an epoch: show what it has learnt
+                self._end_epoch(bar, validate, per_epoch)
+        return None
+
+    def _train_step(self, batch: Batch, rate: float) -> None:
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = step_gradients(
+            self.model, batch, self.loss_of, self.processes, _mixed(self.options.seed, self.step),
+            self.options.micro_batch, self.scaler.scale,
+        )  # fmt: skip
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.model.config.learn_tau:
+            with torch.no_grad():
+                self.model.tau.clamp_(*TAU_BOUNDS)
+            losses["tau"] = self.model.tau.detach().clone()
+        self.losses.add(self.step, losses)
+        self.step += 1
+
+    def _log_interval(self, bar: tqdm, rate: float, per_epoch: int) -> None:
+        in_epoch = len(self.losses.fetch())
+        losses = self.losses.mean((in_epoch - 1) % self.options.log_every + 1)
+        bar.set_postfix(loss=f"{losses['loss']:.3f}", lr=f"{rate:.1e}", refresh=False)
+        if self.processes.first:
+            epoch = (self.step - 1) // per_epoch + 1
+            self.run.log(step=self.step, epoch=epoch, lr=rate, **losses)
+
+    def _end_epoch(self, bar: tqdm, validate: Validate, per_epoch: int) -> None:
+        epoch = -(-self.step // per_epoch)
+        metrics, losses = validate(self.model), self.losses.mean()
+        self.losses = Losses([])
+        is_best = metrics[SELECTION_METRIC] > self.best
+        self.best = max(self.best, metrics[SELECTION_METRIC])
+        bar.set_description(f"epoch {min(epoch + 1, self.options.epochs)}/{self.options.epochs}")
+        if not self.processes.first:
+            return
+        bar.write(
+            f"epoch {epoch:2}: loss {losses['loss']:.3f}, validation {SELECTION_METRIC} "
+            f"{100 * metrics[SELECTION_METRIC]:.2f} %" + (" (best so far)" if is_best else "")
+        )
+        if is_best:
+            self.run.save_best(self.model.checkpoint(), metrics, epoch)
+        self.run.log(step=self.step, epoch=epoch, **losses, validation=metrics)
+
+    def _progress_bar(self, batches: PairBatches, end: int) -> tqdm:
+        pairs = len(batches.clip_of_pair)
+        per_epoch = batches.steps_per_epoch
+
+        def seen(step: int) -> int:  # an epoch's last batch may be short
+            return pairs * (step // per_epoch) + batches.pairs_per_batch * (step % per_epoch)
+
+        return tqdm(
+            desc=f"epoch {self.step // per_epoch + 1}/{self.options.epochs}", unit="pair",
+            total=seen(end), initial=seen(self.step), disable=not self.processes.first,
+            bar_format="{desc}: {percentage:3.0f}%|{bar:20}| {rate_fmt}, {remaining} left{postfix}",
+            mininterval=0.5 if sys.stderr.isatty() else 10, dynamic_ncols=True,
+        )  # fmt: skip
+
+
+class stop_signals(contextlib.AbstractContextManager):  # noqa: N801 - reads as a verb, as open does
+    """While it is open, Ctrl-C and SIGTERM are noted in `requested`; a second Ctrl-C gets through."""
+
+    requested: signal.Signals | None = None
+
+    def __enter__(self) -> "stop_signals":
+        self.previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number: int, frame) -> None:
+        if self.requested == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = signal.Signals(number)
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,79 @@
+"""Stage 1: contrastive training on pairs of sound and caption (report, section 2).
+
+    python train.py --datasets clotho audiocaps    # row 3 of Table 1
+    python train.py --datasets clotho              # row 1
+    python train.py --datasets my_sounds/          # a folder of sounds with a captions.csv
+
+The same command goes on where an earlier one was interrupted.
+"""
+
+from dualenc import run
+from dualenc.data import PairBatches
+from dualenc.losses import contrastive_loss
+from dualenc.options import (
+    Parser,
+    add_data_options,
+    add_device_options,
+    add_model_options,
+    add_training_options,
+    training_options,
+)
+from dualenc.processes import Processes, validation
+from dualenc.stages import (
+    announce,
+    finish,
+    initial_model,
+    open_caches,
+    open_run,
+    place,
+    read_splits,
+)
+from dualenc.training import Options, Trainer
+
+
+def parse_arguments():
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--datasets", nargs="+", default=["clotho"], metavar="NAME",
+        help="clotho, audiocaps, or folders with a captions.csv (default clotho)",
+    )  # fmt: skip
+    add_data_options(parser)
+    add_model_options(parser)
+    add_training_options(parser, Options())
+    add_device_options(parser)
+    args = parser.parse_args()
+    args.init = args.init or ("random" if args.preset == "tiny" else "pretrained")
+    return args
+
+
+def loss_of(audio, text, batch, tau):
+    """Section 2's L_contrastive."""
+    return {"loss": contrastive_loss(audio, text, batch.clip_ids, tau)}
+
+
+def main() -> int:
+    args = parse_arguments()
+    processes = Processes.start(args.device)
+    splits, held_out = read_splits(args)
+    captions = [caption for split in splits for caption in split.captions]
+    model = initial_model(args.init, args.preset, args.text_model, captions, args.seed or 0)
+    model.set_temperature(args.tau, args.learn_tau)
+    model.trained_on = sorted({*model.trained_on, *(split.name for split in splits)})
+    options = training_options(args, Options(), model.config.preset)
+
+    model = place(model, args, processes)
+    folder = open_run("train", args, model, splits, options)
+    *caches, held_out_cache = open_caches([*splits, held_out], args, processes)
+    pairs = list(zip(splits, caches, strict=True))
+    batches = PairBatches(
+        pairs, model.tokenizer, options.batch_size, options.captions_per_clip, options.seed,
+        (processes.rank, processes.world),
+    )  # fmt: skip
+    trainer = Trainer(model, loss_of, folder, options, processes)
+    announce(trainer, batches, [*pairs, (held_out, held_out_cache)])
+    ended_by = trainer.fit(batches, validation(held_out, held_out_cache, processes))
+    return finish(trainer, ended_by)
+
+
+if __name__ == "__main__":
+    run(main)
