@@ -45,11 +45,11 @@ def parse_arguments():
     parser.add_argument(
         "--teachers", nargs="+", required=True, type=Path, metavar="CHECKPOINT",
         help="checkpoints of stage 1; they may differ in size",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--datasets", nargs="+", default=["clotho"], metavar="NAME",
         help="clotho, audiocaps, or folders with a captions.csv (default clotho)",
-    )  # fmt: skip
+    )
     add_data_options(parser)
     group = parser.add_argument_group("student and losses")
     group.add_argument(
@@ -59,7 +59,7 @@ def parse_arguments():
         group.add_argument(
             f"--{name}-weight", type=number(float, 0), default=1.0, metavar="W",
             help=f"of the {name} loss (default 1)",
-        )  # fmt: skip
+        )
     add_temperature_options(group)
     add_training_options(parser, Options())
     add_device_options(parser)
@@ -145,7 +145,7 @@ def main() -> int:
     folder = open_run(
         "distill", args, model, splits, options,
         teachers=[str(path) for path in args.teachers], loss_weights=weights,
-    )  # fmt: skip
+    )
     *caches, held_out_cache = open_caches([*splits, held_out], args, processes)
     pairs = list(zip(splits, caches, strict=True))
     teachers = [
@@ -156,7 +156,7 @@ def main() -> int:
     batches = PairBatches(
         pairs, model.tokenizer, options.batch_size, options.captions_per_clip, options.seed,
         (processes.rank, processes.world),
-    )  # fmt: skip
+    )
     trainer = Trainer(model, distillation(teachers, weights), folder, options, processes)
     announce(trainer, batches, [*pairs, (held_out, held_out_cache)])
     ended_by = trainer.fit(batches, validation(held_out, held_out_cache, processes))

@@ -34,12 +34,12 @@ def parse_arguments():
     parser.add_argument(
         "--dataset", default="clotho", metavar="NAME",
         help="clotho, audiocaps, or a folder with a captions.csv (default clotho)",
-    )  # fmt: skip
+    )
     parser.add_argument("--checkpoint", type=Path, help="default: the newest run's best.pt")
     parser.add_argument(
         "--annotations", type=Path, metavar="CSV",
         help=f"the new annotations (default DATA_DIR/{ANNOTATIONS} where it is there)",
-    )  # fmt: skip
+    )
     parser.add_argument("--tokenizer", metavar="NAME", help="instead of the checkpoint's own")
     parser.add_argument("--allow-seen", action="store_true", help="evaluate on a split trained on")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here, too")

@@ -36,7 +36,7 @@ def parse_arguments():
     parser.add_argument(
         "--datasets", nargs="+", default=["clotho"], metavar="NAME",
         help="clotho, audiocaps, or folders with a captions.csv (default clotho)",
-    )  # fmt: skip
+    )
     add_data_options(parser)
     add_model_options(parser)
     add_training_options(parser, Options())
@@ -68,7 +68,7 @@ def main() -> int:
     batches = PairBatches(
         pairs, model.tokenizer, options.batch_size, options.captions_per_clip, options.seed,
         (processes.rank, processes.world),
-    )  # fmt: skip
+    )
     trainer = Trainer(model, loss_of, folder, options, processes)
     announce(trainer, batches, [*pairs, (held_out, held_out_cache)])
     ended_by = trainer.fit(batches, validation(held_out, held_out_cache, processes))

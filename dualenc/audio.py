@@ -166,7 +166,7 @@ def _mel_filters(fmin: float, fmax: float, device: torch.device) -> Tensor:
     filters, _ = torchaudio.compliance.kaldi.get_mel_banks(
         MEL_BANDS, 1024, SAMPLE_RATE, fmin, fmax, vtln_low=100.0, vtln_high=-500.0,
         vtln_warp_factor=1.0,
-    )  # fmt: skip
+    )
     return F.pad(filters, (0, 1)).to(device)
 
 
@@ -181,7 +181,7 @@ class LogMel(AugmentMelSTFT):
         super().__init__(
             n_mels=MEL_BANDS, sr=SAMPLE_RATE, win_length=800, hopsize=HOP_SAMPLES, n_fft=1024,
             freqm=0, timem=0, fmin=0.0, fmax=15_000, fmin_aug_range=10, fmax_aug_range=2000,
-        )  # fmt: skip
+        )
 
     def forward(self, segments: Tensor) -> Tensor:
         """(S, 320000) float32 -> (S, 128, 1000) float32."""
@@ -241,7 +241,7 @@ class AudioTower(nn.Module):
             img_size=(MEL_BANDS, SEGMENT_FRAMES), patch_size=patch, stride=patch, embed_dim=width,
             depth=depth, num_heads=heads, s_patchout_f=patchout[0], s_patchout_t=patchout[1],
             num_classes=1, distilled=True,
-        )  # fmt: skip
+        )
         for block in self.passt.blocks:
             block.attn = Attention(block.attn)
         self.passt.head = nn.Identity()

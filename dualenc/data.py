@@ -135,7 +135,7 @@ def _decoded(
     bar = tqdm(
         reusable, f"decoding {split.name}", unit="clip", leave=False,
         disable=None if len(paths) >= MIN_PROGRESS_CLIPS else True,
-    )  # fmt: skip
+    )
     with context.Pool(workers, _prepare_worker) as pool:
         fresh = pool.imap(_decode, paths, chunksize=4)
         yield (next(fresh) if place is None else cache[place] for place in bar)

@@ -103,7 +103,7 @@ def read_split(dataset: str, split: str, data_dir: Path) -> Split:
 
 
 def hold_out(split: Split, share: float = 0.1) -> tuple[Split, Split]:
-    """A folder's clips -> (to train on, to validate on): a fixed choice, the same for every seed."""
+    """A folder's clips -> (to train on, to validate on): the same choice for every seed."""
     order = np.random.default_rng(0).permutation(len(split.clips))
     held = set(order[: max(1, round(share * len(order)))].tolist())
     if len(held) == len(order):
@@ -232,7 +232,7 @@ def read_csv(table: Path, columns: Sequence[str]) -> list[list[str]]:
         for line, row in rows
         for i in [_first_empty(row, places, len(header))]
         if i is not None
-    ]  # fmt: skip
+    ]
     if faults:
         raise InputError.of(str(table), faults)
     return [[row[place] for place in places] for _, row in rows]

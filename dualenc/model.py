@@ -77,11 +77,12 @@ PRESETS = {
     "report": DualEncoderConfig(),
     # The same code with smaller numbers, learnt from scratch in a minute on two cores.
     "tiny": DualEncoderConfig(
-        preset="tiny", audio_width=96, audio_depth=2, audio_heads=3, patch=(64, 16), patchout=(0, 15),
+        preset="tiny",
+        audio_width=96, audio_depth=2, audio_heads=3, patch=(64, 16), patchout=(0, 15),
         vocabulary=1000, text_width=96, text_depth=2, text_heads=3, text_hidden=384,
         text_positions=66, text_dropout=0.1,
     ),
-}  # fmt: skip
+}
 
 
 class DualEncoder(nn.Module):
@@ -101,7 +102,7 @@ class DualEncoder(nn.Module):
         self.audio = AudioTower(
             config.audio_width, config.audio_depth, config.audio_heads, config.patch,
             config.patchout,
-        )  # fmt: skip
+        )
         self.text = TextTower(
             RobertaConfig(
                 vocab_size=config.vocabulary, hidden_size=config.text_width,
@@ -111,7 +112,7 @@ class DualEncoder(nn.Module):
                 hidden_dropout_prob=config.text_dropout,
                 attention_probs_dropout_prob=config.text_dropout,
             )
-        )  # fmt: skip
+        )
         self.audio_projection = nn.Linear(config.audio_width, config.embedding)
         self.text_projection = nn.Linear(config.text_width, config.embedding)
         self.tau = nn.Parameter(torch.tensor(config.tau), requires_grad=config.learn_tau)
@@ -202,7 +203,7 @@ class DualEncoder(nn.Module):
     def create(
         cls, preset: str, init: str, captions: Sequence[str], text_model: str | None = None,
         **changes,
-    ) -> "DualEncoder":  # fmt: skip
+    ) -> "DualEncoder":
         """A new model.
 
         Args:

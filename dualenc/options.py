@@ -20,7 +20,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
-        )  # fmt: skip
+        )
 
     def error(self, message: str) -> None:
         raise InputError(f"{message} (--help lists all options)")
@@ -52,12 +52,12 @@ def add_data_options(parser: Parser) -> None:
     group.add_argument(
         "--data-dir", type=Path, default=Path("data"), metavar="DIR",
         help="where CLOTHO_v2.1 and AUDIOCAPS lie (default data)",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--validation", metavar="NAME",
         help="the data set whose validation split chooses the best epoch (default clotho, or a "
         "tenth of the clips where only folders are trained on)",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--cache-dir", type=Path, metavar="DIR",
         help="where decoded audio is kept, 64 kB per second (default DATA_DIR/cache)",
@@ -69,12 +69,12 @@ def add_device_options(parser: Parser) -> None:
     group.add_argument(
         "--device", default="auto", metavar="NAME",
         help="cpu, cuda or cuda:N (default: cuda where there is one)",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
         help="of the two towers; losses and metrics are always fp32 (default auto: bf16 where the "
         "hardware has it, else fp16 on a GPU and fp32 on a CPU)",
-    )  # fmt: skip
+    )
 
 
 def add_training_options(parser: Parser, defaults: Options) -> None:
@@ -141,16 +141,16 @@ def add_model_options(parser: Parser) -> None:
         "--preset", choices=tuple(PRESETS), default="report",
         help="report: PaSST and RoBERTa-large; tiny: the same code with small numbers, learnt from "
         "scratch (default report)",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--init", metavar="WHAT",
         help="pretrained: the published weights; random; or a checkpoint "
         "(default pretrained; tiny: random)",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--text-model", metavar="NAME",
         help="a RoBERTa by name or local folder instead of roberta-large",
-    )  # fmt: skip
+    )
     add_temperature_options(group)
 
 
@@ -158,5 +158,5 @@ def add_temperature_options(group) -> None:
     group.add_argument(
         "--tau", type=number(float, *TAU_BOUNDS), metavar="T",
         help="temperature of the losses (default 0.05, or the initial checkpoint's)",
-    )  # fmt: skip
+    )
     group.add_argument("--learn-tau", action="store_true", help="learn it, starting from there")

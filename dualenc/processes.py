@@ -85,7 +85,7 @@ def embed_split(
     waveforms = tqdm(
         (cache[i] for i in own), label, total=len(own), unit="clip", leave=False,
         disable=None if processes.first else True, delay=1,
-    )  # fmt: skip
+    )
     audio = gather(model.embed_audio(waveforms), sizes)
     sizes = processes.shares(len(split.captions))
     captions = split.captions

@@ -20,7 +20,7 @@ from dualenc.model import read_checkpoint
 FREE_SETTINGS = frozenset({
     "out", "data_dir", "cache_dir", "teacher_cache", "device", "workers", "epochs", "max_steps",
     "checkpoint_every", "micro_batch", "compile",
-})  # fmt: skip
+})
 
 
 class Run:

@@ -134,8 +134,8 @@ def announce(
         print(f"{role:11} {describe(split, cache)}")
     steps = batches.steps_per_epoch * options.epochs
     print(
-        f"steps       {batches.steps_per_epoch:,} an epoch, {options.epochs} epochs, {steps:,} in all"
-        f"; batches of {batches.pairs_per_batch} pairs"
+        f"steps       {batches.steps_per_epoch:,} an epoch, {options.epochs} epochs, {steps:,} in "
+        f"all; batches of {batches.pairs_per_batch} pairs"
     )
     begun = f", going on after step {trainer.step:,}" if trainer.step else ""
     print(f"run         {trainer.run.folder}{begun}", flush=True)

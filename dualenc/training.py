@@ -58,7 +58,7 @@ class Options:
 def learning_rate(
     step: int, steps_per_epoch: int, warmup_epochs: float, decay_epochs: float,
     max_lr: float, min_lr: float,
-) -> float:  # fmt: skip
+) -> float:
     """Linear from min_lr to max_lr over the warm-up, a half cosine back to min_lr, then constant.
 
     Args:
@@ -118,10 +118,11 @@ def step_gradients(
 ) -> dict[str, Tensor]:
     """Add the whole batch's gradient to the parameters' and return the losses, without graph.
 
-    With micro_batch the gradient is the same, in two passes over pieces of so many pairs (GradCache,
-    Gao et al. 2021): embed without graph, take the loss's gradient with respect to the embeddings,
-    then embed each piece again, with its graph and the same random numbers, and send its part of
-    that gradient through it. Memory is that of one piece, the negatives are the whole batch's.
+    With micro_batch the gradient is the same, in two passes over pieces of so many pairs
+    (GradCache, Gao et al. 2021): embed without graph, take the loss's gradient with respect to the
+    embeddings, then embed each piece again, with its graph and the same random numbers, and send
+    its part of that gradient through it. Memory is that of one piece; the negatives are those of
+    the whole batch.
 
     Args:
         seed: of this step's dropout, patchout and jitter.
@@ -225,7 +226,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             [p for p in model.parameters() if p.requires_grad], lr=options.min_lr,
             weight_decay=options.weight_decay, fused=True,
-        )  # fmt: skip
+        )
         fp16 = model.precision == torch.float16
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=fp16)
         self.step, self.best = 0, -1.0
@@ -262,13 +263,13 @@ class Trainer:
         loader = DataLoader(
             batches, batch_size=None, sampler=range(self.step, end), num_workers=options.workers,
             pin_memory=self.model.device.type == "cuda", worker_init_fn=_leave_signals_to_parent,
-        )  # fmt: skip
+        )
         with stop_signals() as stop, self._progress_bar(batches, end) as bar:
             for batch in loader:
                 rate = learning_rate(
                     self.step, per_epoch, options.warmup_epochs, options.decay_epochs,
                     options.max_lr, options.min_lr,
-                )  # fmt: skip
+                )
                 self._train_step(batch.to(self.model.device), rate)
                 bar.update(len(batch.pair_ids))
                 in_epoch = (self.step - 1) % per_epoch + 1
@@ -294,7 +295,7 @@ class Trainer:
         losses = step_gradients(
             self.model, batch, self.loss_of, self.processes, _mixed(self.options.seed, self.step),
             self.options.micro_batch, self.scaler.scale,
-        )  # fmt: skip
+        )
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.model.config.learn_tau:
@@ -341,11 +342,11 @@ class Trainer:
             total=seen(end), initial=seen(self.step), disable=not self.processes.first,
             bar_format="{desc}: {percentage:3.0f}%|{bar:20}| {rate_fmt}, {remaining} left{postfix}",
             mininterval=0.5 if sys.stderr.isatty() else 10, dynamic_ncols=True,
-        )  # fmt: skip
+        )
 
 
 class stop_signals(contextlib.AbstractContextManager):  # noqa: N801 - reads as a verb, as open does
-    """While it is open, Ctrl-C and SIGTERM are noted in `requested`; a second Ctrl-C gets through."""
+    """While open, Ctrl-C and SIGTERM are noted in `requested`; a second Ctrl-C gets through."""
 
     requested: signal.Signals | None = None
 

@@ -38,7 +38,7 @@ def test_distillation_loss_equals_the_original_code():
     loss = distillation_loss(
         golden["audio"], golden["text"], golden["teacher_audio"], golden["teacher_text"],
         golden["tau"],
-    )  # fmt: skip
+    )
     assert_equals_golden(loss, golden)
 
 
@@ -59,7 +59,9 @@ def test_distillation_from_oneself_is_the_entropy_with_no_gradient():
     loss = distillation_loss(audio, text, audio.detach()[None], text[None], 0.1)
     loss.backward()
     logits = (audio @ text.T / 0.1).detach()
-    entropies = [torch.distributions.Categorical(logits=x).entropy().mean() for x in (logits, logits.T)]
+    entropies = [
+        torch.distributions.Categorical(logits=x).entropy().mean() for x in (logits, logits.T)
+    ]
     assert loss.item() == pytest.approx(sum(entropies).item() / 2, abs=1e-6)
     assert audio.grad.abs().max() < 1e-6
 
