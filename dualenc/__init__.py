@@ -65,4 +65,5 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         reason = error.strerror or error
         raise InputError(f"{path}: cannot be written ({reason}); what was there is kept") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
