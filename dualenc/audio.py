@@ -32,7 +32,7 @@ INT16_SCALE = 32_768  # int16 full scale = 1.0
 HOP_SAMPLES = 320  # 10 ms
 SEGMENT_FRAMES = SEGMENT_SAMPLES // HOP_SAMPLES  # 1000
 MEL_BANDS = 128
-MEL_CHUNK = 16  # segments: the spectra of more at once fall out of a CPU's caches
+MEL_CHUNK = {"cpu": 1, "cuda": 64}  # segments at a time: a CPU's caches hold the spectra of one
 
 READ_SECONDS = 30  # decoded at a time, so that an hour-long file needs no more memory
 CONTEXT_SECONDS = 1  # on both sides of what is resampled; the filter reaches a few milliseconds
@@ -192,14 +192,15 @@ class LogMel(AugmentMelSTFT):
             jitter = torch.randint(self.fmax_aug_range, (1,)).item()
             fmax = self.fmax + self.fmax_aug_range // 2 - jitter
         filters = _mel_filters(fmin, fmax, segments.device)
-        return torch.cat([self._log_mel(chunk, filters) for chunk in segments.split(MEL_CHUNK)])
+        chunks = segments.split(MEL_CHUNK[segments.device.type])
+        return torch.cat([self._log_mel(chunk, filters) for chunk in chunks])
 
     def _log_mel(self, segments: Tensor, filters: Tensor) -> Tensor:
         emphasised = segments[:, 1:] - 0.97 * segments[:, :-1]
         spectrum = torch.stft(
             emphasised, self.n_fft, self.hopsize, self.win_length, self.window, return_complex=True
         )
-        power = torch.view_as_real(spectrum).square().sum(-1)
+        power = spectrum.real.square() + spectrum.imag.square()
         return ((filters @ power + 1e-5).log() + 4.5) / 5
 
 
