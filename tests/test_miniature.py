@@ -10,20 +10,18 @@ import pytest
 import soundfile
 
 from dualenc import InputError
-from dualenc.miniature import (
+from dualenc.miniature import Clip, annotations, write_miniature
+from dualenc.scenes import (
     AUDIOCAPS,
     CLOTHO,
     KINDS,
     PEAK,
-    Clip,
     Event,
     Scene,
-    annotations,
     captions,
     matches,
     render,
     scene,
-    write_miniature,
 )
 
 SIZES = {"clotho": (3, 2, 12), "audiocaps": (4, 3, 3)}
