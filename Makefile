@@ -14,6 +14,9 @@ setup: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
+demo: setup
+	$(BIN)/python -m dualenc.demo
+
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest

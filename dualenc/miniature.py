@@ -33,7 +33,7 @@ from dualenc.scenes import (
 
 VERSION = 1  # raise it whenever the same seed comes to give other bytes
 CLOTHO_CLIPS = (160, 48, 100)  # development, validation, evaluation
-AUDIOCAPS_CLIPS = (400, 32, 32)  # train, val, test
+AUDIOCAPS_CLIPS = (480, 16, 16)  # train, val, test
 SPLITS = ("development", "validation", "evaluation", "train", "val", "test")
 OWN = ("CLOTHO_v2.1", "AUDIOCAPS", "metadata_eval.csv")  # what a miniature consists of
 

@@ -137,7 +137,7 @@ class Style:
 CLOTHO = Style(
     file_name=clotho_name,
     rate_hz=16_000,  # the real ones are at 44 100 Hz; this keeps the folder small
-    durations_s=((0.6, 4, 10), (0.3, 10.5, 20), (0.1, 20.5, 24)),
+    durations_s=((0.7, 4, 10), (0.22, 10.5, 20), (0.08, 20.5, 24)),
     full=True,
     alone=("{} for a while", "one can hear how {}", "{} in this clip"),
     orders={

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models gain nothing from more, and cores are shared
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # data workers fork
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched while testing
 
