@@ -6,12 +6,14 @@ pairs. Metrics are fractions from 0 to 1.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 MAP_CUTOFFS = (10, 16)
 RECALL_CUTOFFS = (1, 5, 10)
 METRICS = tuple(f"mAP@{k}" for k in MAP_CUTOFFS) + tuple(f"R@{k}" for k in RECALL_CUTOFFS)
+CONFIDENCE = 0.95  # of the intervals
 BLOCK_BYTES = 64 * 2**20  # of similarities at a time; the whole matrix is never held
 
 
@@ -76,3 +78,39 @@ def query_metrics(ranks: Sequence[Tensor]) -> dict[str, Tensor]:
     values = {f"mAP@{k}": (precision * (padded <= k)).sum(dim=1) / counts for k in MAP_CUTOFFS}
     best = padded[:, 0]
     return values | {f"R@{k}": (best <= k).double() for k in RECALL_CUTOFFS}
+
+
+# --- How sure ---
+
+
+def bootstrap(
+    values: dict[str, Tensor], clip_of_query: Sequence[int], draws: int = 1000, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Each metric's mean in resamples of the clips, drawn with replacement: {name: (draws,)}.
+
+    A clip's captions are drawn together, since they are not independent of each other. The same
+    clip_of_query and seed draw the same clips: the difference of two models' results is the paired
+    bootstrap.
+
+    Args:
+        values: of each query, as query_metrics gives them: {name: (Q,)}.
+        clip_of_query: (Q,) the clip that each query belongs to.
+    """
+    clips, clip = np.unique(np.asarray(clip_of_query), return_inverse=True)
+    n = len(clips)
+    # A resampled mean needs only how often each clip is drawn, and each clip's sums.
+    drawn = np.random.default_rng(seed).integers(n, size=(draws, n))
+    drawn += n * np.arange(draws)[:, None]
+    times = np.bincount(drawn.ravel(), minlength=draws * n).reshape(draws, n).astype(np.float64)
+    queries = times @ np.bincount(clip, minlength=n)
+    return {
+        name: times @ np.bincount(clip, value.numpy(), minlength=n) / queries
+        for name, value in values.items()
+    }
+
+
+def interval(means: np.ndarray) -> tuple[float, float]:
+    """The middle 95 % of bootstrap means: their percentile interval."""
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)

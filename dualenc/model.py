@@ -11,7 +11,7 @@ that it loads with no other file and no network.
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ from dualenc.audio import (
     decode,
     published_passt,
 )
+from dualenc.baseline import converted, inert_classes, is_baseline, official_name
 from dualenc.text import (
     PAD_ID,
     TextTower,
@@ -254,30 +255,33 @@ class DualEncoder(nn.Module):
         """Load a checkpoint; nothing in the file is executed.
 
         Args:
-            path: best.pt or last.pt of a run.
+            path: best.pt or last.pt of a run, or the official DCASE 2025 baseline's .ckpt.
             device: where the model is put.
-            tokenizer: a name, folder or tokenizer.json instead of the checkpoint's own.
+            tokenizer: a name, folder or tokenizer.json instead of the checkpoint's own; the
+                baseline's file holds none, and roberta-large's is taken.
 
         Raises:
-            InputError: the file is missing, damaged, or not a checkpoint of this program.
+            InputError: the file is missing, damaged, or neither of the two.
         """
         checkpoint = read_checkpoint(path)
         try:
             config = DualEncoderConfig(**checkpoint["config"])
-            if tokenizer is None:
+            if tokenizer is None and checkpoint["tokenizer"] is not None:
                 own = parse_tokenizer(checkpoint["tokenizer"])
             else:
-                own = load_tokenizer(tokenizer)
+                own = load_tokenizer(tokenizer or "roberta-large")
             model = cls(config, own)
             model.trained_on = list(checkpoint["trained_on"])
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: is not a complete checkpoint ({error})") from error
-        _load_strictly(model, checkpoint["model"], path)
+        _load_strictly(model, checkpoint["model"], path, checkpoint.get("called", str))
         return model.to(device).eval()
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict:
     """The dictionary in a checkpoint of this program, on the CPU, without unpickling code.
+
+    The official baseline's file is given the same form; `called` then tells its weights' names.
 
     Raises:
         InputError: the file is missing, damaged, of another program, or of a newer version.
@@ -285,9 +289,13 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     if not Path(path).is_file():
         raise InputError(f"{path}: no such checkpoint file")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with inert_classes(path):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch.load raises whatever its parsers meet
         raise InputError(f"{path}: is damaged or not a checkpoint; nothing was loaded") from error
+    if is_baseline(checkpoint):
+        own = converted(checkpoint, path)
+        return {"format": FORMAT, "tokenizer": None, "called": official_name, **own}
     found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
     if found != FORMAT:
         raise InputError(f"{path}: is not a checkpoint that this version reads ({found!r})")
@@ -318,18 +326,23 @@ def _with_sizes_of(config: DualEncoderConfig, roberta: RobertaConfig) -> DualEnc
     )
 
 
-def _load_strictly(module: nn.Module, weights: dict[str, Tensor], source) -> None:
+def _load_strictly(
+    module: nn.Module, weights: dict[str, Tensor], source, called: Callable[[str], str] = str
+) -> None:
     """Load weights whose names and shapes are exactly the module's.
+
+    Args:
+        called: from the module's name of a weight to the source's.
 
     Raises:
         InputError: names the first few that are not.
     """
     own = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     theirs = {name: tuple(value.shape) for name, value in weights.items()}
-    faults = [f"lacks {name}" for name in own if name not in theirs]
-    faults += [f"has {name}, which is unknown" for name in theirs if name not in own]
+    faults = [f"lacks {called(name)}" for name in own if name not in theirs]
+    faults += [f"has {called(name)}, which is unknown" for name in theirs if name not in own]
     faults += [
-        f"{name} has shape {theirs[name]}, not {own[name]}"
+        f"{called(name)} has shape {theirs[name]}, not {own[name]}"
         for name in own
         if name in theirs and own[name] != theirs[name]
     ]

@@ -137,7 +137,8 @@ def _from_hub(kind: type, source: str | os.PathLike, **options):
         reason = str(error).strip().splitlines()[0]
         raise InputError(
             f"RoBERTa '{source}' cannot be fetched ({reason}): give a folder written by "
-            "save_pretrained with --text-model, or go on without with --preset tiny"
+            "save_pretrained with --text-model (for a checkpoint: --tokenizer), or go on without "
+            "with --preset tiny"
         ) from error
     finally:
         transformers_logging.set_verbosity(previous)

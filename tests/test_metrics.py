@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dualenc import metrics
-from dualenc.metrics import query_metrics, ranks, retrieval_metrics
+from dualenc.metrics import bootstrap, interval, query_metrics, ranks, retrieval_metrics
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -83,3 +83,43 @@ def test_equals_the_definition(seed, monkeypatch):
 def test_refuses_queries_without_relevant_or_with_repeated_ones(relevant):
     with pytest.raises(ValueError, match="at least one relevant"):
         retrieval_metrics(torch.eye(2), torch.eye(2), relevant)
+
+
+def test_bootstrap_of_one_clip_and_of_equal_clips_is_certain():
+    values = {"R@1": torch.tensor([1.0, 0.0, 0.5, 0.5], dtype=torch.float64)}
+    # Both clips' captions average 0.5: whichever are drawn, the mean is 0.5.
+    assert bootstrap(values, [7, 7, 9, 9])["R@1"] == pytest.approx(np.full(1000, 0.5))
+    # Drawn one by one, without their clip, the same captions do vary.
+    assert bootstrap(values, [0, 1, 2, 3])["R@1"].std() > 0.1
+
+
+def test_bootstrap_equals_drawing_clips_one_after_the_other():
+    rng = np.random.default_rng(0)
+    clip_of_query = [0, 0, 0, 1, 1, 2, 4, 4]  # clip 3 has no query
+    values = {"mAP@10": torch.tensor(rng.random(8))}
+    means = bootstrap(values, clip_of_query, draws=50, seed=3)["mAP@10"]
+    groups = [[0, 1, 2], [3, 4], [5], [6, 7]]
+    drawn = np.random.default_rng(3).integers(4, size=(50, 4))
+    one_by_one = [
+        values["mAP@10"][[q for clip in clips for q in groups[clip]]].mean() for clips in drawn
+    ]
+    assert means == pytest.approx(np.array(one_by_one), abs=1e-12)
+
+
+def test_interval_has_the_width_that_theory_gives():
+    # The mean of n independent values has the standard error s / sqrt(n).
+    values = torch.tensor(np.random.default_rng(0).normal(3.0, 2.0, 400))
+    low, high = interval(bootstrap({"x": values}, range(400), draws=4000)["x"])
+    error = values.std(correction=0).item() / 20
+    assert low == pytest.approx(values.mean().item() - 1.96 * error, abs=0.1 * error)
+    assert high == pytest.approx(values.mean().item() + 1.96 * error, abs=0.1 * error)
+
+
+def test_paired_differences_are_surer_than_each():
+    rng = np.random.default_rng(0)
+    hard = rng.random(200)  # some clips are hard for every model
+    a, b = ({"R@1": torch.tensor(hard + shift)} for shift in (0.01, 0.0))
+    difference = bootstrap(a, range(200))["R@1"] - bootstrap(b, range(200))["R@1"]
+    assert difference == pytest.approx(np.full(1000, 0.01))
+    other_draws = bootstrap(a, range(200))["R@1"] - bootstrap(b, range(200), seed=1)["R@1"]
+    assert other_draws.std() > 0.01
