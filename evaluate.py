@@ -1,31 +1,27 @@
-"""Checkpoint -> embeddings -> table (report, section 6 and Table 1).
+"""Checkpoint -> embeddings -> figures with confidence intervals (report, section 6 and Table 1).
 
     python evaluate.py --split test                           # the newest run's best.pt
     python evaluate.py --split test --checkpoint runs/NAME/best.pt --json results.json
+    python evaluate.py --compare a.pt b.pt                    # their difference, and how sure it is
+    python evaluate.py --ensemble a.pt b.pt                   # ranked by their mean similarity
+    python evaluate.py --seeds 'runs/train-clotho-seed*'      # mean and deviation over runs
+    python evaluate.py --dataset audiocaps                    # as in the AudioCaps literature
+    python evaluate.py --submission out.csv --queries queries.csv --audio FOLDER
 """
 
-import ast
 import json
 from pathlib import Path
 
 from dualenc import InputError, replacing, run
-from dualenc.layouts import ANNOTATIONS, CLOTHO_TEST_CLIPS, Split, read_csv, read_split
-from dualenc.metrics import METRICS, retrieval_metrics
-from dualenc.model import DualEncoder
-from dualenc.options import Parser, add_data_options, add_device_options
+from dualenc.evaluation import Evaluation, evaluate, joined, read_annotations
+from dualenc.layouts import ANNOTATIONS, Split, read_split
+from dualenc.model import DualEncoder, read_checkpoint
+from dualenc.options import Parser, add_data_options, add_device_options, number
 from dualenc.processes import Processes, embed_split
-from dualenc.runs import newest_best
+from dualenc.runs import best_of, newest_best
 from dualenc.stages import describe, open_caches, place
-
-# Table 1, percent: its first column is called mAP@10 on the new annotations; by the baseline's own
-# figures it is mAP@16 there (row 3), and mAP@10 (row 1).
-REPORT_COLUMNS = ("new annotations mAP", "mAP@10", "R@1", "R@5", "R@10")
-REPORT_TABLE = {
-    "Clotho, contrastive": (31.95, 27.57, 16.95, 42.73, 58.04),
-    "Clotho, distilled": (32.54, 28.20, 16.44, 43.89, 58.89),
-    "Clotho + AudioCaps, contrastive": (35.21, 30.97, 19.56, 46.45, 59.48),
-    "Clotho + AudioCaps, distilled": (37.21, 32.75, 19.80, 47.45, 60.48),
-}
+from dualenc.submission import queries_for, sounds_in, write_submission
+from dualenc.tables import is_reports_split, of_comparison, of_one, of_runs, report_table
 
 
 def parse_arguments():
@@ -35,109 +31,133 @@ def parse_arguments():
         "--dataset", default="clotho", metavar="NAME",
         help="clotho, audiocaps, or a folder with a captions.csv (default clotho)",
     )
-    parser.add_argument("--checkpoint", type=Path, help="default: the newest run's best.pt")
+    what = parser.add_argument_group("what is evaluated").add_mutually_exclusive_group()
+    what.add_argument("--checkpoint", type=Path, help="default: the newest run's best.pt")
+    what.add_argument(
+        "--compare", type=Path, nargs=2, metavar=("FIRST", "SECOND"),
+        help="both, and the second's lead with its interval",
+    )
+    what.add_argument(
+        "--ensemble", type=Path, nargs="+", metavar="CHECKPOINT", help="the mean of similarities"
+    )
+    what.add_argument(
+        "--seeds", nargs="+", metavar="RUN",
+        help="runs' folders, checkpoints, or patterns of them: mean and standard deviation",
+    )
     parser.add_argument(
         "--annotations", type=Path, metavar="CSV",
         help=f"the new annotations (default DATA_DIR/{ANNOTATIONS} where it is there)",
     )
     parser.add_argument("--tokenizer", metavar="NAME", help="instead of the checkpoint's own")
-    parser.add_argument("--allow-seen", action="store_true", help="evaluate on a split trained on")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here, too")
+    parser.add_argument(
+        "--allow-seen", action="store_true", help="evaluate on a split trained on, and mark it"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, too")
+    challenge = parser.add_argument_group("the challenge's files")
+    challenge.add_argument("--submission", type=Path, metavar="CSV", help="write similarities here")
+    challenge.add_argument(
+        "--queries", type=Path, metavar="CSV", help="with a column caption; default: the split's"
+    )
+    challenge.add_argument(
+        "--audio", type=Path, metavar="FOLDER", help="the clips to rank; default: the split's"
+    )
+    challenge.add_argument(
+        "--top", type=number(int, 1), metavar="K", help="write the K best names, as before 2025"
+    )
     add_data_options(parser)
     add_device_options(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if (args.queries or args.audio or args.top) and not args.submission:
+        parser.error("--queries, --audio and --top go with --submission")
+    if args.audio and not args.queries:
+        parser.error("--audio needs --queries: what is asked of these clips")
+    if args.submission and (args.compare or args.seeds):
+        parser.error("--submission takes one --checkpoint, or an --ensemble")
+    return args
 
 
-def read_annotations(path: Path, split: Split) -> tuple[list[int], list[list[int]]]:
-    """The new annotations: rows of split.captions, and all clips relevant to each.
+def chosen_models(args) -> list[list[Path]]:
+    """Each model that is evaluated: one checkpoint, or the members of an ensemble."""
+    if args.ensemble:
+        return [args.ensemble]
+    if args.seeds:
+        return [[path] for path in best_of(args.seeds)]
+    return [[path] for path in args.compare or [args.checkpoint or newest_best()]]
 
-    Raises:
-        InputError: a query or a file name is not the split's, or a list is not one.
-    """
-    rows_of: dict[str, list[int]] = {}
-    for row, caption in enumerate(split.captions):
-        rows_of.setdefault(caption, []).append(row)
-    clip_of = {clip.name: i for i, clip in enumerate(split.clips)}
-    queries, relevant, faults = [], [], []
-    for query, names in read_csv(path, ["query", "audio_filenames"]):
-        files = _parse_list(names)
-        unknown = [name for name in files or () if name not in clip_of]
-        if query not in rows_of:
-            faults.append(f"query {query!r} is no caption of {split.name}")
-        elif files is None:
-            faults.append(f"query {query!r}: {names!r} is not a list of file names")
-        elif unknown:
-            faults.append(f"query {query!r}: {unknown[0]!r} is no clip of {split.name}")
-        else:
-            queries.append(rows_of[query][0])
-            relevant.append(sorted({clip_of[name] for name in files}))
+
+def refuse_seen(models: list[list[Path]], split: Split, allowed: bool) -> list[bool]:
+    """Whether each model has seen the split in training; unless that is allowed, refuse it."""
+    seen = {p: split.name in read_checkpoint(p)["trained_on"] for model in models for p in model}
+    faults = [str(path) for path in seen if seen[path] and not allowed]
     if faults:
-        raise InputError.of(str(path), faults)
-    return queries, relevant
+        raise InputError.of(
+            f"trained on {split.name}, so that figures on it would flatter (take another --split "
+            "or --dataset, or --allow-seen, which marks them)", faults,
+        )
+    return [any(seen[path] for path in model) for model in models]
 
 
-def _parse_list(text: str) -> list[str] | None:
-    """A Python list literal of strings, never evaluated; None where it is something else."""
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return None
-    right = isinstance(value, list) and value and all(isinstance(item, str) for item in value)
-    return value if right else None
+def embed(model: list[Path], split: Split, cache, queries, args, processes):
+    """Clips (N, D) and queries or captions (Q, D), by a checkpoint or by an ensemble."""
+    members = []
+    for path in model:
+        encoder = place(DualEncoder.load(path, tokenizer=args.tokenizer), args, processes)
+        audio, text = embed_split(encoder, split, cache, processes, f"{path} embeds {split.name}")
+        members.append((audio, encoder.embed_text(queries) if queries else text))
+    return joined(members)
 
 
-def evaluate(model, split, cache, annotations, processes) -> dict:
-    """All figures of one checkpoint on one split, fractions from 0 to 1."""
-    audio, text = embed_split(model, split, cache, processes, f"embedding {split.name}")
-    captions_of_clip = [[] for _ in split.clips]
-    for row, clip in enumerate(split.clip_of_caption):
-        captions_of_clip[clip].append(row)
-    results = {
-        "text to audio": retrieval_metrics(text, audio, [[c] for c in split.clip_of_caption]),
-        "audio to text": retrieval_metrics(audio, text, captions_of_clip),
-    }
-    if annotations is not None:
-        rows, relevant = annotations
-        results["text to audio, new annotations"] = retrieval_metrics(text[rows], audio, relevant)
-    return results
-
-
-def print_table(rows: dict[str, dict[str, float]], columns=METRICS) -> None:
-    width = max(map(len, rows))
-    print(f"{'':{width}}" + "".join(f"{name:>9}" for name in columns))
-    for name, row in rows.items():
-        cells = (f"{100 * row[c]:9.2f}" if c in row else f"{'-':>9}" for c in columns)
-        print(f"{name:{width}}" + "".join(cells))
+def present(evaluations: list[Evaluation], args) -> None:
+    """Print the figures; write the same to --json, as fractions."""
+    split = evaluations[0].split
+    found, total = len(split.clips), len(split.clips) + len(split.missing)
+    if split.missing:
+        whose = "the report" if split.name.startswith("clotho/") else "published figures"
+        print(f"coverage    {found:,} of {total:,} clips found: not comparable with {whose}")
+    if args.compare:
+        text, numbers = of_comparison(*evaluations)
+    elif args.seeds:
+        text, numbers = of_runs(evaluations)
+    else:
+        text, numbers = of_one(*evaluations)
+    print(text)
+    if is_reports_split(split):
+        print(f"\n{report_table(evaluations)}")
+    if args.json:
+        about = {"split": split.name, "clips": found, "missing": len(split.missing)}
+        with replacing(args.json) as temporary:
+            temporary.write_text(json.dumps(about | numbers, indent=1) + "\n")
 
 
 def main() -> int:
     args = parse_arguments()
-    checkpoint = args.checkpoint or newest_best()
+    models = chosen_models(args)
     processes = Processes.start(args.device)
-    split = read_split(args.dataset, args.split, args.data_dir)
-    is_clotho_test = split.name == "clotho/evaluation"
+    split = sounds_in(args.audio) if args.audio else read_split(
+        args.dataset, args.split, args.data_dir
+    )
+    split, queries = queries_for(split, args.queries) if args.queries else (split, None)
     path = args.annotations or args.data_dir / ANNOTATIONS
     annotations = None
-    if args.annotations or (is_clotho_test and path.exists()):
+    if args.annotations or (split.name == "clotho/evaluation" and path.exists() and not queries):
         annotations = read_annotations(path, split)
-    model = place(DualEncoder.load(checkpoint, tokenizer=args.tokenizer), args, processes)
-    if split.name in model.trained_on and not args.allow_seen:
-        raise InputError(
-            f"{checkpoint} was trained on {split.name}: figures on it say nothing; take another "
-            "--split or --dataset, or give --allow-seen"
-        )
+    seen = refuse_seen(models, split, args.allow_seen)
     (cache,) = open_caches([split], args, processes)
-    results = evaluate(model, split, cache, annotations, processes)
+    embedded = [embed(model, split, cache, queries, args, processes) for model in models]
     if not processes.first:
         return 0
-    print(f"checkpoint  {checkpoint}" + ("" if args.checkpoint else " (the newest run's)"))
+
+    names = [" + ".join(map(str, model)) for model in models]
+    for name in names:
+        print(f"checkpoint  {name}")
     print(f"evaluate on {describe(split, cache)}")
-    print_table(results)
-    if is_clotho_test and len(split.clips) + len(split.missing) == CLOTHO_TEST_CLIPS:
-        ...
-    if args.json:
-        with replacing(args.json) as temporary:
-            temporary.write_text(json.dumps(results, indent=1) + "\n")
+    if args.submission:
+        clips = [clip.name for clip in split.clips]
+        asked = queries or split.captions
+        print(write_submission(args.submission, asked, clips, *embedded[0], args.top))
+    if not queries:
+        each = zip(names, embedded, seen, strict=True)
+        present([evaluate(n, split, *both, annotations, was) for n, both, was in each], args)
     return 0
 
 

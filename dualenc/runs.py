@@ -8,7 +8,9 @@ The log holds no times: a run that was interrupted and resumed writes the same l
 left alone.
 """
 
+import glob
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -106,3 +108,22 @@ def newest_best(runs: Path = Path("runs")) -> Path:
     if not found:
         raise InputError(f"{runs}: no run with a best.pt here; train first, or give --checkpoint")
     return found[-1]
+
+
+def best_of(runs: Sequence[str]) -> list[Path]:
+    """Run folders, checkpoints, or patterns of them -> the checkpoints, of a folder its best.pt.
+
+    Raises:
+        InputError: nothing is there, or fewer than two, of which there is no deviation.
+    """
+    found: dict[Path, Path] = {}
+    for pattern in runs:
+        paths = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern))
+        if not paths:
+            raise InputError(f"--seeds {pattern}: no such run or checkpoint")
+        for path in map(Path, paths):
+            path = path / "best.pt" if path.is_dir() else path
+            found.setdefault(path.resolve(), path)
+    if len(found) < 2:
+        raise InputError(f"--seeds: only {next(iter(found.values()))}; give two runs or more")
+    return list(found.values())

@@ -7,6 +7,7 @@ Shapes: B pairs of the whole batch, over all processes; D embedding values.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import signal
 import sys
@@ -89,6 +90,7 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[name]
 
 
+@functools.cache  # one answer for all models of a process
 def _bf16_is_faster_here() -> bool:
     """Measured, in some 50 ms: CPUs with bf16 instructions may be slower with them than without."""
 

@@ -1,0 +1,104 @@
+"""Similarities -> the challenge's csv files, checked after they were written.
+
+DCASE 2025: a row per query, a column per sound file, in each cell their similarity. Earlier years:
+a row per query with the names of the ten best. Names and queries are kept byte for byte.
+
+Shapes: Q queries, N clips.
+"""
+
+import csv
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from dualenc import InputError, replacing
+from dualenc.audio import AUDIO_SUFFIXES
+from dualenc.layouts import Clip, Split, read_csv
+
+# What is not valid UTF-8 in a file's name comes from the disk, and goes back, as the same bytes.
+CSV = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+
+
+def sounds_in(folder: Path) -> Split:
+    """The sound files directly in a folder, in the order of their names, without captions."""
+    if not folder.is_dir():
+        raise InputError(f"--audio {folder}: no such folder")
+    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in AUDIO_SUFFIXES)
+    if not paths:
+        raise InputError(f"--audio {folder}: holds no sound file")
+    clips = [Clip(path.name, path, ()) for path in paths]
+    return Split(str(folder.resolve()), clips, [], "folder")
+
+
+def queries_for(split: Split, table: Path) -> tuple[Split, list[str]]:
+    """The same clips without their captions, and the queries in a csv's column caption."""
+    clips = [dataclasses.replace(clip, captions=()) for clip in split.clips]
+    queries = [caption for (caption,) in read_csv(table, ["caption"])]
+    return dataclasses.replace(split, clips=clips), queries
+
+
+def write_submission(
+    path: Path,
+    queries: Sequence[str],
+    names: Sequence[str],
+    audio: Tensor,
+    text: Tensor,
+    top: int | None = None,
+) -> str:
+    """Write one of the two forms; return a line that says what was written.
+
+    Args:
+        queries: Q of them; one that stands there several times is written once.
+        names: of the N clips.
+        audio, text: (N, D), (Q, D).
+        top: write the so many best names instead of all similarities.
+
+    Raises:
+        InputError: the file cannot be written, or does not read back as what it should be.
+    """
+    first_rows: dict[str, int] = {}
+    for row, query in enumerate(queries):
+        first_rows.setdefault(query, row)
+    similarity = text[list(first_rows.values())] @ audio.T
+    if not similarity.isfinite().all() or len(set(names)) < len(names):
+        raise InputError(f"{path}: not written: two clips share a name, or a number is not finite")
+    if top:
+        header, rows = top_rows(list(first_rows), names, similarity, top)
+    else:
+        header, rows = similarity_rows(list(first_rows), names, similarity)
+    with replacing(path) as temporary, open(temporary, "w", **CSV) as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+    with open(path, **CSV) as file:
+        pairs = itertools.zip_longest(csv.reader(file), [header, *rows])
+        if not all(read == written for read, written in pairs):
+            raise InputError(f"{path}: does not read back as it was written; try another disk")
+    repeated = len(queries) - len(first_rows)
+    return (
+        f"submission  {path}: {len(first_rows):,} queries, {len(names):,} clips; read back: every "
+        "query and clip once, all numbers finite"
+        + (f"; {repeated:,} repeated queries left out" if repeated else "")
+    )
+
+
+def similarity_rows(
+    queries: Sequence[str], names: Sequence[str], similarity: Tensor
+) -> tuple[list[str], list[list[str]]]:
+    """DCASE 2025: header and rows of `index` and a column per file; similarity is (Q, N)."""
+    # Nine digits tell any two float32 values apart.
+    cells = [[f"{value:.9g}" for value in values] for values in similarity.tolist()]
+    rows = [[query, *row] for query, row in zip(queries, cells, strict=True)]
+    return ["index", *names], rows
+
+
+def top_rows(
+    queries: Sequence[str], names: Sequence[str], similarity: Tensor, k: int
+) -> tuple[list[str], list[list[str]]]:
+    """Earlier years: header and rows of `caption` and the k best names; the earlier of equals."""
+    if k > len(names):
+        raise InputError(f"--top {k}: there are only {len(names)} clips")
+    best = similarity.argsort(dim=1, descending=True, stable=True)[:, :k].tolist()
+    rows = [[q, *(names[i] for i in row)] for q, row in zip(queries, best, strict=True)]
+    return ["caption", *(f"fname_{i}" for i in range(1, k + 1))], rows
