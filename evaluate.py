@@ -19,9 +19,10 @@ from dualenc.model import DualEncoder, read_checkpoint
 from dualenc.options import Parser, add_data_options, add_device_options, number
 from dualenc.processes import Processes, embed_split
 from dualenc.runs import best_of, newest_best
-from dualenc.stages import describe, open_caches, place
+from dualenc.stages import describe, open_caches, place, precision_name
 from dualenc.submission import queries_for, sounds_in, write_submission
 from dualenc.tables import is_reports_split, of_comparison, of_one, of_runs, report_table
+from dualenc.training import choose_precision
 
 
 def parse_arguments():
@@ -151,6 +152,8 @@ def main() -> int:
     for name in names:
         print(f"checkpoint  {name}")
     print(f"evaluate on {describe(split, cache)}")
+    precision = precision_name(choose_precision(args.precision, processes.device))
+    print(f"device      {processes.device}, towers in {precision}")
     if args.submission:
         clips = [clip.name for clip in split.clips]
         asked = queries or split.captions

@@ -72,8 +72,8 @@ def millions(module: torch.nn.Module) -> str:
     return f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"
 
 
-def precision_name(model: DualEncoder) -> str:
-    return {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[model.precision]
+def precision_name(precision: torch.dtype | None) -> str:
+    return {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[precision]
 
 
 def open_run(
@@ -93,7 +93,7 @@ def open_run(
         "data": data,
         "init": args.init,
         "model": dataclasses.asdict(model.config),
-        "precision": precision_name(model),
+        "precision": precision_name(model.precision),
         **dataclasses.asdict(options),
         **more,
     }
@@ -123,7 +123,8 @@ def announce(
         return
     model, options, processes = trainer.model, trainer.options, trainer.processes
     of_processes = f" in each of {processes.world} processes" if processes.world > 1 else ""
-    print(f"device      {processes.device}{of_processes}, towers in {precision_name(model)}")
+    precision = precision_name(model.precision)
+    print(f"device      {processes.device}{of_processes}, towers in {precision}")
     print(
         f"model       {model.config.preset}, {millions(model)} parameters "
         f"(PaSST {millions(model.audio)}, RoBERTa {millions(model.text)})"
