@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from dualenc import InputError, replacing
+from dualenc import InputError, replacing, run
 from dualenc.audio import SAMPLE_RATE, SEGMENT_SAMPLES, crop, cut, decode, to_int16
 from dualenc.layouts import Split
 from dualenc.text import tokenize
@@ -286,3 +286,9 @@ class PairBatches(torch.utils.data.Dataset):
     def _crop(self, unit: np.ndarray, epoch: int) -> np.ndarray:
         cache, i = self.clips[self.clip_of_pair[unit[0]]]
         return crop(cache[i], np.random.default_rng([self.seed, epoch, int(unit[0])]))
+
+
+if __name__ == "__main__":
+    from dualenc.check import main  # here only, since it knows nothing of batches
+
+    run(main)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from dualenc import InputError
-from dualenc.layouts import Split, read_csv
+from dualenc.csvfiles import read_csv
+from dualenc.layouts import Split
 from dualenc.metrics import METRICS, bootstrap, interval, query_metrics, ranks
 
 TEXT_TO_AUDIO, AUDIO_TO_TEXT = "text to audio", "audio to text"

@@ -3,31 +3,36 @@
 What is read here is files' names and csv rows; no sound is opened.
 """
 
-import csv
 import dataclasses
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from dualenc import InputError
 from dualenc.audio import AUDIO_SUFFIXES
+from dualenc.csvfiles import read_csv, read_header
 
 SPLITS = ("train", "val", "test")
 CLOTHO_NAMES = {"train": "development", "val": "validation", "test": "evaluation"}
 CLOTHO_TEST_CLIPS = 1045  # of Clotho v2.1's evaluation split, which the report calls test
-# Layouts: (csv file, folder of sounds), below the data folder or one of the roots in it.
+# Layouts: (csv file, folder of sounds), below the data folder or one of the roots in it; {split} is
+# train, val or test, {name} is what Clotho calls it.
 CLOTHO_ROOTS = ("CLOTHO_v2.1", "clotho_v2.1", "clotho", "Clotho", ".")
 CLOTHO_LAYOUTS = {
-    "aac-datasets": ("clotho_csv_files/clotho_captions_{0}.csv", "clotho_audio_files/{0}"),
-    "flat": ("clotho_captions_{0}.csv", "{0}"),
+    "aac-datasets": ("clotho_csv_files/clotho_captions_{name}.csv", "clotho_audio_files/{name}"),
+    "flat": ("clotho_captions_{name}.csv", "{name}"),
+    "csv_files and waveforms": ("csv_files/{split}.csv", "waveforms/{split}"),
 }
 AUDIOCAPS_ROOTS = ("AUDIOCAPS", "audiocaps", "AudioCaps", ".")
 AUDIOCAPS_LAYOUTS = {
-    "aac-datasets": ("csv_files_v1/{0}.csv", "audio_32000Hz/{0}"),
-    "flat": ("{0}.csv", "{0}"),
+    "aac-datasets": ("csv_files_v1/{split}.csv", "audio_32000Hz/{split}"),
+    "aac-datasets without csv_files_v1": ("{split}.csv", "audio_32000Hz/{split}"),
+    "flat with csv_files_v1": ("csv_files_v1/{split}.csv", "{split}"),
+    "flat": ("{split}.csv", "{split}"),
 }
+# What AudioCaps' sound files are called, before the suffix; the first is aac-datasets'.
+AUDIOCAPS_NAMINGS = ("{youtube_id}_{start_time}", "Y{youtube_id}", "{youtube_id}", "{audiocap_id}")
 ANNOTATIONS = "metadata_eval.csv"  # the new annotations of DCASE 2025
 
 
@@ -116,50 +121,110 @@ def hold_out(split: Split, share: float = 0.1) -> tuple[Split, Split]:
     )
 
 
-def _find_layout(
-    dataset: str, data_dir: Path, roots: Sequence[str], layouts: dict, name: str
-) -> tuple[str, Path, Path]:
-    """The one layout that is there: (its name, csv file, folder of sounds)."""
-    matches = {}
-    for root in roots:
-        for layout, (table, sounds) in layouts.items():
-            pair = (data_dir / root / table.format(name), data_dir / root / sounds.format(name))
-            if pair[0].is_file() and pair[1].is_dir():
-                matches[pair[0].resolve()] = (layout, *pair)
-    if not matches:
-        table, sounds = (part.format(name) for part in layouts["aac-datasets"])
-        raise InputError(
-            f"{data_dir}: no {dataset} here: {roots[0]}/{table} and the folder {roots[0]}/{sounds} "
-            "are looked for (README says where to get it; --data-dir names another folder)"
-        )
+def splits_in(data_dir: Path) -> list[tuple[str, str]]:
+    """The (data set, split) pairs of Clotho and AudioCaps whose csv file is below a folder."""
+    return [
+        (dataset, split)
+        for dataset in ("clotho", "audiocaps")
+        for split in SPLITS
+        if any(table.is_file() for _, table, _ in _places(dataset, split, data_dir))
+    ]
+
+
+def _places(dataset: str, split: str, data_dir: Path) -> list[tuple[str, Path, Path]]:
+    """Where a split may lie: (the layout's name, csv file, folder of sounds)."""
+    is_clotho = dataset == "clotho"
+    layouts = CLOTHO_LAYOUTS if is_clotho else AUDIOCAPS_LAYOUTS
+    names = {"split": split, "name": CLOTHO_NAMES[split]}
+    return [
+        (layout, *(data_dir / root / part.format(**names) for part in parts))
+        for root in (CLOTHO_ROOTS if is_clotho else AUDIOCAPS_ROOTS)
+        for layout, parts in layouts.items()
+    ]
+
+
+def _find_layout(dataset: str, split: str, data_dir: Path) -> tuple[str, Path, Path]:
+    """The one place where a split lies.
+
+    Raises:
+        InputError: there is none, and what it would be; or several, and which.
+    """
+    places = _places(dataset, split, data_dir)
+    # By file, not by path: a link, or another case of the letters, may lead to the same.
+    matches = {
+        (table.stat().st_ino, sounds.stat().st_ino): (layout, table, sounds)
+        for layout, table, sounds in places
+        if table.is_file() and sounds.is_dir()
+    }
     if len(matches) > 1:
-        both = " and ".join(str(table) for _, table, _ in matches.values())
+        both = " and ".join(
+            f"{table} with {sounds} ({layout})" for layout, table, sounds in matches.values()
+        )
         raise InputError(f"{data_dir}: {dataset} is here more than once: {both}; keep one")
-    return next(iter(matches.values()))
+    if matches:
+        return next(iter(matches.values()))
+    for _, table, sounds in places:
+        if table.is_file():
+            raise InputError(f"{table} is there, but not the folder of its sounds, {sounds}")
+    _, table, sounds = places[0]
+    raise InputError(
+        f"{data_dir}: no {dataset} here: {table.relative_to(data_dir)} and the folder "
+        f"{sounds.relative_to(data_dir)} are looked for (README says where to get it and which "
+        "other layouts are read; --data-dir names another folder)"
+    )
 
 
 def _read_clotho(split: str, data_dir: Path) -> Split:
-    name = CLOTHO_NAMES[split]
-    layout, table, folder = _find_layout("clotho", data_dir, CLOTHO_ROOTS, CLOTHO_LAYOUTS, name)
+    layout, table, folder = _find_layout("clotho", split, data_dir)
     columns = ["file_name", *(f"caption_{i}" for i in range(1, 6))]
     rows = [(row[0], row[1:]) for row in read_csv(table, columns)]
     clips, missing = _existing(rows, folder, table)
-    return Split(f"clotho/{name}", clips, missing, layout)
+    return Split(f"clotho/{CLOTHO_NAMES[split]}", clips, missing, layout)
 
 
 def _read_audiocaps(split: str, data_dir: Path) -> Split:
-    layout, table, folder = _find_layout(
-        "audiocaps", data_dir, AUDIOCAPS_ROOTS, AUDIOCAPS_LAYOUTS, split
-    )
+    layout, table, folder = _find_layout("audiocaps", split, data_dir)
+    columns = ["youtube_id", "start_time", "audiocap_id"]
     captions: dict[str, list[str]] = {}  # rows of one clip are not adjacent
-    for youtube_id, start, caption in read_csv(table, ["youtube_id", "start_time", "caption"]):
-        captions.setdefault(f"{youtube_id}_{start}", []).append(caption)
-    on_disk = {
-        path.stem: path.name for path in folder.iterdir() if path.suffix.lower() in AUDIO_SUFFIXES
-    }
-    rows = [(on_disk.get(stem, stem), found) for stem, found in captions.items()]
+    stems: dict[str, list[list[str]]] = {}  # of each row, by each naming
+    for caption, *ids in read_csv(table, ["caption", *columns]):
+        row = dict(zip(columns, ids, strict=True))
+        names = [naming.format(**row) for naming in AUDIOCAPS_NAMINGS]
+        captions.setdefault(names[0], []).append(caption)
+        stems.setdefault(names[0], []).append(names)
+    on_disk = _sounds_by_stem(folder)
+    naming = _naming([names for rows in stems.values() for names in rows], on_disk, folder)
+    rows = []
+    for clip, found in captions.items():
+        # Five rows of one clip have five audiocap_ids: any of them may be the file's.
+        own = [names[naming] for names in stems[clip]]
+        rows.append((next((on_disk[stem] for stem in own if stem in on_disk), own[0]), found))
+    if naming:
+        layout += f", files named {AUDIOCAPS_NAMINGS[naming]}"
     clips, missing = _existing(rows, folder, table)
     return Split(f"audiocaps/{split}", clips, missing, layout)
+
+
+def _sounds_by_stem(folder: Path) -> dict[str, str]:
+    """{name without suffix: name} of the sound files in a folder."""
+    found: dict[str, str] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in AUDIO_SUFFIXES:
+            if path.stem in found:
+                raise InputError(f"{folder}: {found[path.stem]} and {path.name}: keep one of them")
+            found[path.stem] = path.name
+    return found
+
+
+def _naming(rows: list[list[str]], on_disk: dict[str, str], folder: Path) -> int:
+    """Which of AudioCaps' namings the files follow; the first where none does."""
+    used = {}
+    for names in rows:
+        used |= {i: on_disk[name] for i, name in enumerate(names) if name in on_disk}
+    if len(used) > 1:
+        both = " and ".join(f"{name} ({AUDIOCAPS_NAMINGS[i]})" for i, name in used.items())
+        raise InputError(f"{folder}: files are named in more than one way: {both}; keep one")
+    return next(iter(used), 0)
 
 
 def _read_folder(folder: Path) -> Split:
@@ -169,7 +234,7 @@ def _read_folder(folder: Path) -> Split:
             f"{folder}: not a data set: give clotho, audiocaps, or a folder that holds sounds and "
             "a captions.csv with the columns file_name,caption or file_name,caption_1,caption_2,..."
         )
-    header = _header(table)
+    header = read_header(table)
     columns = [name for name in header if name == "caption" or name.startswith("caption_")]
     captions: dict[str, list[str]] = {}  # one row per caption, or all in one row
     for name, *found in read_csv(table, ["file_name", *(columns or ["caption"])]):
@@ -198,48 +263,3 @@ def _existing(
         else:
             missing.append(name)
     return clips, missing
-
-
-def _header(table: Path) -> list[str]:
-    with open(table, encoding="utf-8-sig", newline="") as file:
-        return next(csv.reader(file), [])
-
-
-def read_csv(table: Path, columns: Sequence[str]) -> list[list[str]]:
-    """The named columns of a csv file, row by row; other columns are passed over.
-
-    Raises:
-        InputError: the file is not UTF-8, lacks a column, or rows are short or hold empty values.
-    """
-    try:
-        with open(table, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
-            header = next(reader, [])
-            rows = [(reader.line_num, row) for row in reader if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{table}: cannot be read as a UTF-8 csv file ({error})") from error
-    wrong = [name for name in columns if header.count(name) != 1]
-    if wrong:
-        raise InputError(
-            f"{table}: needs the column {wrong[0]!r} once; its first line is {','.join(header)!r}"
-        )
-    if not rows:
-        raise InputError(f"{table}: holds no rows")
-    places = [header.index(name) for name in columns]
-    faults = [
-        f"line {line} has an empty {columns[i]}" if len(row) == len(header)
-        else f"line {line} has {len(row)} fields instead of {len(header)}"
-        for line, row in rows
-        for i in [_first_empty(row, places, len(header))]
-        if i is not None
-    ]
-    if faults:
-        raise InputError.of(str(table), faults)
-    return [[row[place] for place in places] for _, row in rows]
-
-
-def _first_empty(row: list[str], places: list[int], width: int) -> int | None:
-    """The first wanted column without a value in this row, if any."""
-    if len(row) != width:
-        return 0
-    return next((i for i, place in enumerate(places) if not row[place].strip()), None)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dualenc import InputError, replacing
 from dualenc.audio import AUDIO_SUFFIXES
-from dualenc.layouts import Clip, Split, read_csv
+from dualenc.csvfiles import read_csv
+from dualenc.layouts import Clip, Split
 
 # What is not valid UTF-8 in a file's name comes from the disk, and goes back, as the same bytes.
 CSV = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}

@@ -105,8 +105,8 @@ REPORT_TABLE = {
 }
 REPORT_METRICS = ("mAP@10", "R@1", "R@5", "R@10")
 REPORT_FOOTNOTE = (
-    "new: by the new annotations. The report calls that column mAP@10 in every row, but row 3's is\n"
-    "the official baseline's mAP@16 (row 1's its mAP@10); which rows 2 and 4 give is not said."
+    "new: by the new annotations. The report calls that column mAP@10 in every row, but row 3 has\n"
+    "the official baseline's mAP@16 (row 1 its mAP@10); which rows 2 and 4 have is not said."
 )
 
 
