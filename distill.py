@@ -17,12 +17,13 @@ from dualenc import InputError, replacing, run
 from dualenc.data import AudioCache, PairBatches
 from dualenc.layouts import Split
 from dualenc.losses import contrastive_loss, distillation_loss
-from dualenc.model import DualEncoder
+from dualenc.model import DualEncoder, read_checkpoint
 from dualenc.options import (
     Parser,
     add_data_options,
     add_device_options,
     add_temperature_options,
+    add_tokenizer_option,
     add_training_options,
     number,
     training_options,
@@ -60,6 +61,7 @@ def parse_arguments():
             f"--{name}-weight", type=number(float, 0), default=1.0, metavar="W",
             help=f"of the {name} loss (default 1)",
         )
+    add_tokenizer_option(group)
     add_temperature_options(group)
     add_training_options(parser, Options())
     add_device_options(parser)
@@ -89,10 +91,10 @@ def teacher_embeddings(
     They are kept in a folder beside the run, and used again where the same teacher meets the same
     clips and captions.
     """
-    key = _key(path, [split for split, _ in train])
+    key = _key(path, args.tokenizer, [split for split, _ in train])
     stored = folder / f"{key}.npz"
     if not stored.exists():
-        teacher = place(DualEncoder.load(path), args, processes)
+        teacher = place(DualEncoder.load(path, tokenizer=args.tokenizer), args, processes)
         parts = [
             embed_split(teacher, split, cache, processes, f"{path} embeds {split.name}")
             for split, cache in train
@@ -106,10 +108,11 @@ def teacher_embeddings(
         return torch.from_numpy(arrays["audio"]), torch.from_numpy(arrays["text"])
 
 
-def _key(path: Path, splits: list[Split]) -> str:
+def _key(path: Path, tokenizer: str | None, splits: list[Split]) -> str:
     """Of the teacher's bytes and of the clips and captions: equal where embeddings are."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
+    digest.update(str(tokenizer).encode())
     for split in splits:
         clips = [[clip.name, clip.captions] for clip in split.clips]
         digest.update(json.dumps([split.name, clips]).encode())
@@ -134,9 +137,9 @@ def main() -> int:
     args = parse_arguments()
     processes = Processes.start(args.device)
     splits, held_out = read_splits(args)
-    model = initial_model(args.init, "report", None, [], args.seed or 0)
+    model = initial_model(args.init, "report", None, [], args.seed or 0, args.tokenizer)
     model.set_temperature(args.tau, args.learn_tau)
-    seen = {name for path in args.teachers for name in DualEncoder.load(path).trained_on}
+    seen = {name for path in args.teachers for name in read_checkpoint(path)["trained_on"]}
     model.trained_on = sorted(seen | {*model.trained_on, *(split.name for split in splits)})
     options = training_options(args, Options(), model.config.preset)
 

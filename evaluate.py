@@ -14,13 +14,18 @@ from pathlib import Path
 
 from dualenc import InputError, replacing, run
 from dualenc.evaluation import Evaluation, evaluate, joined, read_annotations
-from dualenc.layouts import ANNOTATIONS, Split, read_split
+from dualenc.layouts import ANNOTATIONS, Split
 from dualenc.model import DualEncoder, read_checkpoint
-from dualenc.options import Parser, add_data_options, add_device_options, number
+from dualenc.options import (
+    Parser,
+    add_data_options,
+    add_device_options,
+    add_tokenizer_option,
+)
 from dualenc.processes import Processes, embed_split
 from dualenc.runs import best_of, newest_best
 from dualenc.stages import describe, open_caches, place, precision_name
-from dualenc.submission import queries_for, sounds_in, write_submission
+from dualenc.submission import add_challenge_options, what_is_ranked, write_submission
 from dualenc.tables import is_reports_split, of_comparison, of_one, of_runs, report_table
 from dualenc.training import choose_precision
 
@@ -49,32 +54,15 @@ def parse_arguments():
         "--annotations", type=Path, metavar="CSV",
         help=f"the new annotations (default DATA_DIR/{ANNOTATIONS} where it is there)",
     )
-    parser.add_argument("--tokenizer", metavar="NAME", help="instead of the checkpoint's own")
+    add_tokenizer_option(parser)
     parser.add_argument(
         "--allow-seen", action="store_true", help="evaluate on a split trained on, and mark it"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, too")
-    challenge = parser.add_argument_group("the challenge's files")
-    challenge.add_argument("--submission", type=Path, metavar="CSV", help="write similarities here")
-    challenge.add_argument(
-        "--queries", type=Path, metavar="CSV", help="with a column caption; default: the split's"
-    )
-    challenge.add_argument(
-        "--audio", type=Path, metavar="FOLDER", help="the clips to rank; default: the split's"
-    )
-    challenge.add_argument(
-        "--top", type=number(int, 1), metavar="K", help="write the K best names, as before 2025"
-    )
+    add_challenge_options(parser)
     add_data_options(parser)
     add_device_options(parser)
-    args = parser.parse_args()
-    if (args.queries or args.audio or args.top) and not args.submission:
-        parser.error("--queries, --audio and --top go with --submission")
-    if args.audio and not args.queries:
-        parser.error("--audio needs --queries: what is asked of these clips")
-    if args.submission and (args.compare or args.seeds):
-        parser.error("--submission takes one --checkpoint, or an --ensemble")
-    return args
+    return parser.parse_args()
 
 
 def chosen_models(args) -> list[list[Path]]:
@@ -134,10 +122,7 @@ def main() -> int:
     args = parse_arguments()
     models = chosen_models(args)
     processes = Processes.start(args.device)
-    split = sounds_in(args.audio) if args.audio else read_split(
-        args.dataset, args.split, args.data_dir
-    )
-    split, queries = queries_for(split, args.queries) if args.queries else (split, None)
+    split, queries = what_is_ranked(args)
     path = args.annotations or args.data_dir / ANNOTATIONS
     annotations = None
     if args.annotations or (split.name == "clotho/evaluation" and path.exists() and not queries):
@@ -149,8 +134,9 @@ def main() -> int:
         return 0
 
     names = [" + ".join(map(str, model)) for model in models]
+    given = args.checkpoint or args.compare or args.ensemble or args.seeds
     for name in names:
-        print(f"checkpoint  {name}")
+        print(f"checkpoint  {name}" + ("" if given else " (the newest run's)"))
     print(f"evaluate on {describe(split, cache)}")
     precision = precision_name(choose_precision(args.precision, processes.device))
     print(f"device      {processes.device}, towers in {precision}")

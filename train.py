@@ -56,7 +56,9 @@ def main() -> int:
     processes = Processes.start(args.device)
     splits, held_out = read_splits(args)
     captions = [caption for split in splits for caption in split.captions]
-    model = initial_model(args.init, args.preset, args.text_model, captions, args.seed or 0)
+    model = initial_model(
+        args.init, args.preset, args.text_model, captions, args.seed or 0, args.tokenizer
+    )
     model.set_temperature(args.tau, args.learn_tau)
     model.trained_on = sorted({*model.trained_on, *(split.name for split in splits)})
     options = training_options(args, Options(), model.config.preset)

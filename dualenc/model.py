@@ -270,6 +270,8 @@ class DualEncoder(nn.Module):
                 own = parse_tokenizer(checkpoint["tokenizer"])
             else:
                 own = load_tokenizer(tokenizer or "roberta-large")
+            if own.get_vocab_size() > config.vocabulary:
+                raise ValueError(f"its tokenizer has more than {config.vocabulary} tokens")
             model = cls(config, own)
             model.trained_on = list(checkpoint["trained_on"])
         except (KeyError, TypeError, ValueError) as error:

@@ -151,7 +151,16 @@ def add_model_options(parser: Parser) -> None:
         "--text-model", metavar="NAME",
         help="a RoBERTa by name or local folder instead of roberta-large",
     )
+    add_tokenizer_option(group)
     add_temperature_options(group)
+
+
+def add_tokenizer_option(group) -> None:
+    group.add_argument(
+        "--tokenizer", metavar="NAME",
+        help="by name, folder or tokenizer.json, instead of a checkpoint's own; the official "
+        "baseline's file holds none (default for it: roberta-large)",
+    )
 
 
 def add_temperature_options(group) -> None:

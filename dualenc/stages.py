@@ -35,17 +35,20 @@ def read_splits(args: argparse.Namespace) -> tuple[list[Split], Split]:
 
 
 def initial_model(
-    init: str, preset: str, text_model: str | None, captions: Sequence[str], seed: int
+    init: str, preset: str, text_model: str | None, captions: Sequence[str], seed: int,
+    tokenizer: str | None = None,
 ) -> DualEncoder:
     """A new model, or a checkpoint's, in the state in which training begins."""
     torch.manual_seed(seed)
     if init in ("pretrained", "random"):
+        if tokenizer:
+            raise InputError("--tokenizer goes with --init CHECKPOINT; else see --text-model")
         return DualEncoder.create(preset, init, captions, text_model)
     if not Path(init).is_file():
         raise InputError(f"--init {init}: is neither pretrained, random, nor a checkpoint file")
     if text_model:
         raise InputError("--text-model goes with --init pretrained or random, not a checkpoint")
-    return DualEncoder.load(init)
+    return DualEncoder.load(init, tokenizer=tokenizer)
 
 
 def open_caches(

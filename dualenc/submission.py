@@ -6,6 +6,7 @@ a row per query with the names of the ten best. Names and queries are kept byte 
 Shapes: Q queries, N clips.
 """
 
+import argparse
 import csv
 import dataclasses
 import itertools
@@ -17,10 +18,50 @@ from torch import Tensor
 from dualenc import InputError, replacing
 from dualenc.audio import AUDIO_SUFFIXES
 from dualenc.csvfiles import read_csv
-from dualenc.layouts import Clip, Split
+from dualenc.layouts import Clip, Split, read_split
+from dualenc.options import Parser, number
 
 # What is not valid UTF-8 in a file's name comes from the disk, and goes back, as the same bytes.
 CSV = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+
+
+def add_challenge_options(parser: Parser) -> None:
+    group = parser.add_argument_group("the challenge's files")
+    group.add_argument("--submission", type=Path, metavar="CSV", help="write similarities here")
+    group.add_argument(
+        "--queries", type=Path, metavar="CSV", help="with a column caption; default: the split's"
+    )
+    group.add_argument(
+        "--audio", type=Path, metavar="FOLDER", help="the clips to rank; default: the split's"
+    )
+    group.add_argument(
+        "--top", type=number(int, 1), metavar="K", help="write the K best names, as before 2025"
+    )
+
+
+def what_is_ranked(args: argparse.Namespace) -> tuple[Split, list[str] | None]:
+    """The clips, and the queries where they are not the clips' own captions.
+
+    Raises:
+        InputError: the clips or the queries cannot be read, or options contradict each other.
+    """
+    if (args.queries or args.audio or args.top) and not args.submission:
+        raise InputError("--queries, --audio and --top go with --submission")
+    if args.submission and (args.compare or args.seeds):
+        raise InputError("--submission takes one --checkpoint, or an --ensemble")
+    if args.audio and not args.queries:
+        raise InputError("--audio needs --queries: what is asked of these clips")
+    if args.audio:
+        split = sounds_in(args.audio)
+    else:
+        split = read_split(args.dataset, args.split, args.data_dir)
+    if args.top and args.top > len(split.clips):
+        raise InputError(f"--top {args.top}: there are only {len(split.clips)} clips")
+    if not args.queries:
+        return split, None
+    clips = [dataclasses.replace(clip, captions=()) for clip in split.clips]
+    queries = [caption for (caption,) in read_csv(args.queries, ["caption"])]
+    return dataclasses.replace(split, clips=clips), queries
 
 
 def sounds_in(folder: Path) -> Split:
@@ -32,13 +73,6 @@ def sounds_in(folder: Path) -> Split:
         raise InputError(f"--audio {folder}: holds no sound file")
     clips = [Clip(path.name, path, ()) for path in paths]
     return Split(str(folder.resolve()), clips, [], "folder")
-
-
-def queries_for(split: Split, table: Path) -> tuple[Split, list[str]]:
-    """The same clips without their captions, and the queries in a csv's column caption."""
-    clips = [dataclasses.replace(clip, captions=()) for clip in split.clips]
-    queries = [caption for (caption,) in read_csv(table, ["caption"])]
-    return dataclasses.replace(split, clips=clips), queries
 
 
 def write_submission(
@@ -98,8 +132,6 @@ def top_rows(
     queries: Sequence[str], names: Sequence[str], similarity: Tensor, k: int
 ) -> tuple[list[str], list[list[str]]]:
     """Earlier years: header and rows of `caption` and the k best names; the earlier of equals."""
-    if k > len(names):
-        raise InputError(f"--top {k}: there are only {len(names)} clips")
     best = similarity.argsort(dim=1, descending=True, stable=True)[:, :k].tolist()
     rows = [[q, *(names[i] for i in row)] for q, row in zip(queries, best, strict=True)]
     return ["caption", *(f"fname_{i}" for i in range(1, k + 1))], rows

@@ -13,6 +13,7 @@ from hear21passt.models.preprocess import AugmentMelSTFT
 from torch.nn.functional import normalize
 from transformers import RobertaConfig, RobertaModel
 
+import distill
 from dualenc import InputError
 from dualenc.model import DualEncoder
 from dualenc.text import train_tokenizer
@@ -151,6 +152,22 @@ def test_it_is_a_model_like_any_other(baseline, tokenizer_file, tmp_path, monkey
     assert torch.equal(again.embed_text(CAPTIONS), model.embed_text(CAPTIONS))
 
 
+def test_it_teaches_and_is_fine_tuned(baseline, tokenizer_file, miniature, tmp_path, monkeypatch):
+    torch.save({"state_dict": baseline.state_dict()}, tmp_path / "baseline.ckpt")
+    options = {
+        "--teachers": tmp_path / "baseline.ckpt", "--tokenizer": tokenizer_file,
+        "--data-dir": miniature, "--cache-dir": tmp_path / "cache", "--out": tmp_path / "run",
+        "--max-steps": 1, "--batch-size": 4, "--workers": 0,
+    }
+    argv = ["distill.py", *(str(word) for option in options.items() for word in option)]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert distill.main() == 0
+    student = DualEncoder.load(tmp_path / "run/best.pt")  # with the tokenizer in it
+    assert student.trained_on == ["audiocaps/train", "clotho/development", "wavcaps/train"]
+    weight = student.text_projection.weight
+    assert 0 < (weight - baseline.text_projection.weight).abs().max() < 1e-4  # one small step
+
+
 def test_without_settings_the_published_training_data_are_assumed(
     baseline, tokenizer_file, tmp_path
 ):
@@ -158,6 +175,13 @@ def test_without_settings_the_published_training_data_are_assumed(
     torch.save({"state_dict": baseline.state_dict()}, path)
     model = DualEncoder.load(path, tokenizer=tokenizer_file)
     assert model.trained_on == ["clotho/development", "audiocaps/train", "wavcaps/train"]
+
+
+def test_a_tokenizer_of_another_model_is_refused(baseline, tmp_path):
+    torch.save({"state_dict": baseline.state_dict()}, tmp_path / "baseline.ckpt")
+    train_tokenizer([f"word{i} {i * i}" for i in range(900)], 900).save(str(tmp_path / "t.json"))
+    with pytest.raises(InputError, match="more than 400 tokens"):
+        DualEncoder.load(tmp_path / "baseline.ckpt", tokenizer=tmp_path / "t.json")
 
 
 @pytest.mark.parametrize(

@@ -170,8 +170,6 @@ def test_submission_refuses_what_nobody_can_rank(tmp_path):
         write_submission(path, ["q"], ["a"], one * math.nan, one)
     with pytest.raises(InputError, match="share a name"):
         write_submission(path, ["q"], ["a", "a"], torch.ones(2, 1), one)
-    with pytest.raises(InputError, match="only 1 clips"):
-        write_submission(path, ["q"], ["a"], one, one, top=2)
     assert not path.exists()
 
 
@@ -262,8 +260,23 @@ def test_script_writes_submissions(run_script, checkpoint, miniature, tmp_path):
     assert all(np.isfinite(float(cell)) for row in rows for cell in row[1:])
     out = run_script("--checkpoint", checkpoint, "--submission", tmp_path / "own.csv", "--top", 3)
     assert "30 queries, 6 clips" in out and "text to audio" in out
-    with pytest.raises(InputError, match="--audio needs --queries"):
-        run_script("--submission", tmp_path / "x.csv", "--audio", folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--submission", "x.csv", "--audio", "."], "--audio needs --queries"),
+        (["--submission", "x.csv", "--top", "7"], "there are only 6 clips"),
+        (["--submission", "x.csv", "--compare", "a.pt", "b.pt"], "takes one --checkpoint"),
+        (["--top", "3"], "go with --submission"),
+        (["--compare", "a.pt", "b.pt", "--ensemble", "c.pt"], "not allowed with"),
+    ],
+)
+def test_script_refuses_options_that_contradict_each_other(
+    options, message, run_script, checkpoint
+):
+    with pytest.raises(InputError, match=message):
+        run_script(*([] if "--compare" in options else ["--checkpoint", checkpoint]), *options)
 
 
 def test_figures_in_the_table_are_percent_with_their_interval():
