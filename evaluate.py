@@ -16,12 +16,7 @@ from dualenc import InputError, replacing, run
 from dualenc.evaluation import Evaluation, evaluate, joined, read_annotations
 from dualenc.layouts import ANNOTATIONS, Split
 from dualenc.model import DualEncoder, read_checkpoint
-from dualenc.options import (
-    Parser,
-    add_data_options,
-    add_device_options,
-    add_tokenizer_option,
-)
+from dualenc.options import Parser, add_data_options, add_device_options, add_tokenizer_option
 from dualenc.processes import Processes, embed_split
 from dualenc.runs import best_of, newest_best
 from dualenc.stages import describe, open_caches, place, precision_name

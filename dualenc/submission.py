@@ -1,4 +1,4 @@
-"""Similarities -> the challenge's csv files, checked after they were written.
+"""Similarities -> the challenge's csv files, read back and checked before they take their place.
 
 DCASE 2025: a row per query, a column per sound file, in each cell their similarity. Earlier years:
 a row per query with the names of the ten best. Names and queries are kept byte for byte.
@@ -104,18 +104,24 @@ def write_submission(
         header, rows = top_rows(list(first_rows), names, similarity, top)
     else:
         header, rows = similarity_rows(list(first_rows), names, similarity)
-    with replacing(path) as temporary, open(temporary, "w", **CSV) as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *rows])
-    with open(path, **CSV) as file:
-        pairs = itertools.zip_longest(csv.reader(file), [header, *rows])
-        if not all(read == written for read, written in pairs):
-            raise InputError(f"{path}: does not read back as it was written; try another disk")
+    write_checked(path, [header, *rows])
     repeated = len(queries) - len(first_rows)
     return (
         f"submission  {path}: {len(first_rows):,} queries, {len(names):,} clips; read back: every "
         "query and clip once, all numbers finite"
         + (f"; {repeated:,} repeated queries left out" if repeated else "")
     )
+
+
+def write_checked(path: Path, lines: list[list[str]]) -> None:
+    """Write a csv file and read it back before it takes its place."""
+    with replacing(path) as temporary:
+        with open(temporary, "w", **CSV) as file:
+            csv.writer(file, lineterminator="\n").writerows(lines)
+        with open(temporary, **CSV) as file:
+            pairs = itertools.zip_longest(csv.reader(file), lines)
+            if not all(read == written for read, written in pairs):
+                raise InputError(f"{path}: does not read back as it was written; nothing is kept")
 
 
 def similarity_rows(

@@ -5,13 +5,7 @@ A line is (label, {column: cell}); a label without cells is a heading.
 
 from collections.abc import Sequence
 
-from dualenc.evaluation import (
-    NEW_ANNOTATIONS,
-    TEXT_TO_AUDIO,
-    Evaluation,
-    difference,
-    spread,
-)
+from dualenc.evaluation import NEW_ANNOTATIONS, TEXT_TO_AUDIO, Evaluation, difference, spread
 from dualenc.layouts import CLOTHO_TEST_CLIPS, Split
 from dualenc.metrics import METRICS
 
@@ -25,7 +19,7 @@ def table(lines: Sequence[Line], columns: Sequence[str] = METRICS) -> str:
     text = [" " * label_width + "".join(f"{column:>{width}}" for column in columns)]
     for label, cells in lines:
         row = "".join(f"{cells.get(column, '-'):>{width}}" for column in columns) if cells else ""
-        text.append(f"{label:{label_width}}{row}")
+        text.append(f"{label:{label_width}}{row}".rstrip())
     return "\n".join(text)
 
 
@@ -44,8 +38,8 @@ def of_one(evaluation: Evaluation) -> tuple[str, dict]:
     """One model: every figure and its interval."""
     lines: list[Line] = []
     for name, values in evaluation.results.items():
-        lines += [(name + seen_mark(evaluation), percent(values))]
-        lines += [("  95 % interval", spans(evaluation.intervals[name]))]
+        lines.append((name + seen_mark(evaluation), percent(values)))
+        lines.append(("  95 % interval", spans(evaluation.intervals[name])))
     return table(lines), plain(evaluation)
 
 
