@@ -72,11 +72,11 @@ def chosen_models(args) -> list[list[Path]]:
 def refuse_seen(models: list[list[Path]], split: Split, allowed: bool) -> list[bool]:
     """Whether each model has seen the split in training; unless that is allowed, refuse it."""
     seen = {p: split.name in read_checkpoint(p)["trained_on"] for model in models for p in model}
-    faults = [str(path) for path in seen if seen[path] and not allowed]
+    faults = [f"{path} was trained on {split.name}" for path in seen if seen[path] and not allowed]
     if faults:
         raise InputError.of(
-            f"trained on {split.name}, so that figures on it would flatter (take another --split "
-            "or --dataset, or --allow-seen, which marks them)", faults,
+            "figures on what was trained on would flatter; take another --split or --dataset, or "
+            "--allow-seen, which marks them", faults,
         )
     return [any(seen[path] for path in model) for model in models]
 
