@@ -92,15 +92,18 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype | None:
 
 @functools.cache  # one answer for all models of a process
 def _bf16_is_faster_here() -> bool:
-    """Measured, in some 50 ms: CPUs with bf16 instructions may be slower with them than without."""
+    """Measured, in some 0.1 s: CPUs with bf16 instructions may be slower with them than without.
+
+    In processor time, so that other programs do not change the answer.
+    """
 
     def seconds(dtype: torch.dtype) -> float:
         a, b = torch.ones(512, 768, dtype=dtype), torch.ones(768, 3072, dtype=dtype)
         times = []
-        for _ in range(4):
-            start = time.perf_counter()
+        for _ in range(6):
+            start = time.process_time()
             a @ b
-            times.append(time.perf_counter() - start)
+            times.append(time.process_time() - start)
         return min(times)
 
     return seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)

@@ -246,7 +246,7 @@ def test_scenes_hold_every_kind_evenly_and_last_one_to_three_segments():
     seconds = np.array([heard.duration_s for heard in scenes])
     assert seconds.min() >= 4 and seconds.max() <= 24
     shares = np.bincount(np.ceil(seconds / 10).astype(int), minlength=4)[1:] / len(seconds)
-    assert shares == pytest.approx([0.6, 0.3, 0.1], abs=0.05)
+    assert shares == pytest.approx([0.7, 0.22, 0.08], abs=0.05)
     assert {len(heard.events) for heard in scenes} == {1, 2, 3}
     assert all(len(heard.front) * 2.4 <= heard.duration_s for heard in scenes)
 

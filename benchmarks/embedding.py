@@ -1,0 +1,83 @@
+"""Embedding for evaluation: 12 clips of 15 to 30 s with 5 captions each, ours against plain.
+
+    python benchmarks/embedding.py [--clips 12] [--rounds 3] [--device auto]
+
+The plain recipe (benchmarks/plain.py) encodes a clip once per caption. Report-size model, random
+weights, noise.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parents[1])]
+
+from benchmarks.measure import machine, matrix_rate, medians, random_captions, random_clips
+from benchmarks.plain import PlainRecipe
+from dualenc.audio import cut
+from dualenc.model import DualEncoder
+from dualenc.processes import Processes
+from dualenc.training import choose_precision
+
+PATCHES, WIDTH = 2 + 8 * 62, 768
+SEGMENT_FLOP = 12 * (24 * PATCHES * WIDTH**2 + 4 * PATCHES**2 * WIDTH) + 2 * 496 * 256 * WIDTH
+CAPTIONS_PER_CLIP = 5
+PLAIN_BATCH = 12  # pairs
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--clips", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    device = Processes.start(args.device).device
+    torch.manual_seed(0)
+    ours = DualEncoder.create("report", "random", random_captions(500)).to(device).eval()
+    plain = PlainRecipe(ours).eval()
+    clips = random_clips(torch.linspace(15, 30, args.clips).tolist())
+    captions = random_captions(CAPTIONS_PER_CLIP * args.clips)
+    pairs = [(clips[i // CAPTIONS_PER_CLIP], caption) for i, caption in enumerate(captions)]
+
+    @torch.inference_mode()
+    def embed_plain():
+        precision = torch.float16 if device.type == "cuda" else torch.float32
+        with torch.autocast(device.type, precision, enabled=device.type == "cuda"):
+            parts = [pairs[i : i + PLAIN_BATCH] for i in range(0, len(pairs), PLAIN_BATCH)]
+            audio = torch.cat([plain.encode_audio([clip for clip, _ in part]) for part in parts])
+            text = torch.cat([plain.encode_text([words for _, words in part]) for part in parts])
+        return audio[::CAPTIONS_PER_CLIP].cpu(), text.cpu()
+
+    def embed_ours():
+        return ours.embed_audio(clips), ours.embed_text(captions)
+
+    print(machine(device))
+    if device.type == "cpu":  # fp32 on both sides
+        worst = max(
+            (a - b).abs().max().item() for a, b in zip(embed_ours(), embed_plain(), strict=True)
+        )
+        print(f"agreement: embeddings within {worst:.1e}")
+        assert worst < 1e-4
+    equal = torch.float16 if device.type == "cuda" else None
+    default = choose_precision("auto", device)
+    segments = sum(len(cut(clip)) for clip in clips)
+    for label, precision in {"equal precision": equal, "our defaults": default}.items():
+        ours.precision = precision
+        sides = {
+            "plain": embed_plain, "ours": embed_ours, "tower": lambda: ours.embed_audio(clips),
+        }
+        times = medians(sides, args.rounds, device)
+        kind = precision or torch.float32
+        rate = segments * SEGMENT_FLOP / times["tower"]
+        print(
+            f"{label:16} ({str(kind)[6:]:8}) plain {times['plain']:7.3f} s, ours "
+            f"{times['ours']:7.3f} s: {times['plain'] / times['ours']:.2f} times; audio tower "
+            f"{rate / 1e9:,.0f} GFLOP/s, {100 * rate / matrix_rate(device, kind):.0f} % of the "
+            "matrix rate", flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
