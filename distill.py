@@ -93,7 +93,7 @@ def teacher_embeddings(
     """
     key = _key(path, args.tokenizer, [split for split, _ in train])
     stored = folder / f"{key}.npz"
-    if not stored.exists():
+    if processes.highest(not stored.exists()):  # all embed, or all read
         teacher = place(DualEncoder.load(path, tokenizer=args.tokenizer), args, processes)
         parts = [
             embed_split(teacher, split, cache, processes, f"{path} embeds {split.name}")
@@ -137,7 +137,8 @@ def main() -> int:
     args = parse_arguments()
     processes = Processes.start(args.device)
     splits, held_out = read_splits(args)
-    model = initial_model(args.init, "report", None, [], args.seed or 0, args.tokenizer)
+    with processes.first_goes_first():  # it may download
+        model = initial_model(args.init, "report", None, [], args.seed or 0, args.tokenizer)
     model.set_temperature(args.tau, args.learn_tau)
     seen = {name for path in args.teachers for name in read_checkpoint(path)["trained_on"]}
     model.trained_on = sorted(seen | {*model.trained_on, *(split.name for split in splits)})
@@ -146,7 +147,7 @@ def main() -> int:
     model = place(model, args, processes)
     weights = args.contrastive_weight, args.distillation_weight
     folder = open_run(
-        "distill", args, model, splits, options,
+        "distill", args, model, splits, options, processes,
         teachers=[str(path) for path in args.teachers], loss_weights=weights,
     )
     *caches, held_out_cache = open_caches([*splits, held_out], args, processes)

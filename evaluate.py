@@ -125,6 +125,7 @@ def main() -> int:
     seen = refuse_seen(models, split, args.allow_seen)
     (cache,) = open_caches([split], args, processes)
     embedded = [embed(model, split, cache, queries, args, processes) for model in models]
+    processes.end()
     if not processes.first:
         return 0
 

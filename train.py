@@ -56,15 +56,16 @@ def main() -> int:
     processes = Processes.start(args.device)
     splits, held_out = read_splits(args)
     captions = [caption for split in splits for caption in split.captions]
-    model = initial_model(
-        args.init, args.preset, args.text_model, captions, args.seed or 0, args.tokenizer
-    )
+    with processes.first_goes_first():  # it may download
+        model = initial_model(
+            args.init, args.preset, args.text_model, captions, args.seed or 0, args.tokenizer
+        )
     model.set_temperature(args.tau, args.learn_tau)
     model.trained_on = sorted({*model.trained_on, *(split.name for split in splits)})
     options = training_options(args, Options(), model.config.preset)
 
     model = place(model, args, processes)
-    folder = open_run("train", args, model, splits, options)
+    folder = open_run("train", args, model, splits, options, processes)
     *caches, held_out_cache = open_caches([*splits, held_out], args, processes)
     pairs = list(zip(splits, caches, strict=True))
     batches = PairBatches(

@@ -6,10 +6,12 @@ Here stands what every module shares: one error, one way out of a command, one w
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 MAX_LISTED_FAULTS = 20
+GRACE_SECONDS = 3  # torchrun needs a tenth of one to see that a process has failed
 
 
 class InputError(ValueError):
@@ -32,7 +34,8 @@ def run(main: Callable[[], int | None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
     try:
-        sys.exit(main())
+        with _one_voice():
+            sys.exit(main())
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
@@ -42,6 +45,24 @@ def run(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+
+
+@contextlib.contextmanager
+def _one_voice() -> Iterator[None]:
+    """Of many processes (torchrun) that fail together, let one say why.
+
+    What is wrong with the input all of them see; the first one says it. Where any process fails,
+    the others lose their connection to it. They hold their tongue until torchrun has ended them; if
+    it does not, theirs is an error of their own, and they speak.
+    """
+    try:
+        yield
+    except Exception as error:  # whatever it is, it goes on
+        alone = os.environ.get("WORLD_SIZE", "1") == "1"
+        first = os.environ.get("RANK", "0") == "0"
+        if not (alone or first and isinstance(error, InputError)):
+            time.sleep(GRACE_SECONDS)
+        raise
 
 
 @contextlib.contextmanager

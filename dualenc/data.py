@@ -189,8 +189,13 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pieces(self, pairs: int) -> list["Batch"]:
-        """Cut into batches of at most so many pairs, or one clip's; each keeps whole clips."""
+    def pieces(self, pairs: int | None) -> list["Batch"]:
+        """Cut this process's part into batches of at most so many pairs, or one clip's.
+
+        Each keeps whole clips; clip_ids, pair_ids and sizes stay the whole batch's. None makes one
+        piece; without pairs there is none.
+        """
+        pairs = pairs or len(self.tokens)
         captions = torch.bincount(self.clip_of_pair, minlength=len(self.counts)).tolist()
         segments = self.counts.tolist()
         bounds, filled = [0], 0

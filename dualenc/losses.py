@@ -68,7 +68,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, local: Tensor, sizes: list[int]) -> Tensor:
         ctx.sizes = sizes
-        padded = local.new_zeros(max(sizes), local.shape[1])
+        padded = local.new_zeros(max(sizes), *local.shape[1:])
         padded[: len(local)] = local
         parts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(parts, padded)
@@ -85,10 +85,10 @@ def gather(local: Tensor, sizes: list[int]) -> Tensor:
     """Embeddings of this process -> those of all processes, with their gradients.
 
     Args:
-        local: (B_r, D), this process's pairs; B_r may be 0.
+        local: (B_r, ..., D), this process's rows; B_r may be 0.
         sizes: B_r of every process; they sum to B.
 
     Returns:
-        (B, D). With one process, local itself.
+        (B, ..., D). With one process, local itself.
     """
     return local if len(sizes) == 1 else _Gather.apply(local, sizes)

@@ -45,7 +45,7 @@ from dualenc.text import (
 
 FORMAT = "dualenc 1"  # raise the number when older readers would misread a checkpoint
 TAU_BOUNDS = (0.005, 1.0)  # of a learnable temperature: beyond them the loss over- or underflows
-EMBED_SEGMENTS = 16  # at a time without gradients: enough to fill a CPU, little memory on a GPU
+EMBED_CLIPS = 8  # at a time without gradients: enough to fill a CPU, little memory on a GPU
 EMBED_CAPTIONS = 64
 
 
@@ -174,8 +174,7 @@ class DualEncoder(nn.Module):
 
     def embed_text(self, captions: Sequence[str]) -> Tensor:
         """Embed captions: (Q, D) float32 on the CPU, unit norm."""
-        # Neighbours of like length need little padding.
-        order = sorted(range(len(captions)), key=lambda i: len(captions[i]))
+        order = by_length(captions)
         embeddings = torch.zeros(len(captions), self.config.embedding)
         with self._inference():
             for start in range(0, len(order), EMBED_CAPTIONS):
@@ -316,6 +315,11 @@ def _scale_to_width(tower: nn.Module, ratio: float) -> None:
                 parameter.mul_(ratio**0.5)
 
 
+def by_length(captions: Sequence[str]) -> list[int]:
+    """The order in which captions are embedded: neighbours of like length need little padding."""
+    return sorted(range(len(captions)), key=lambda i: len(captions[i]))
+
+
 def _with_sizes_of(config: DualEncoderConfig, roberta: RobertaConfig) -> DualEncoderConfig:
     return dataclasses.replace(
         config,
@@ -371,7 +375,7 @@ def _packed(waveforms: Iterable[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
     clips: list[np.ndarray] = []
     for waveform in waveforms:
         clips.append(cut(waveform))
-        if sum(map(len, clips)) >= EMBED_SEGMENTS:
+        if len(clips) == EMBED_CLIPS:
             yield _batch(clips)
             clips = []
     if clips:

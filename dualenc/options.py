@@ -84,8 +84,9 @@ def add_training_options(parser: Parser, defaults: Options) -> None:
     add("batch_size", number(int, 2), "pairs of a batch, over all processes")
     add("captions_per_clip", number(int, 1), "captions drawn together, their clip encoded once; "
         "raise --batch-size with it to keep the number of clips in a batch")
-    add("micro_batch", number(int, 1), "compute a batch in pieces of so many pairs, with the exact "
-        "gradient of the whole (GradCache); not gradient accumulation, which loses the negatives")
+    add("micro_batch", number(int, 1), "compute a process's part of a batch in pieces of so many "
+        "pairs, with the exact gradient of the whole (GradCache), for the memory of one piece and "
+        "the time of one more forward; not gradient accumulation, which loses the negatives")
     schedule = parser.add_argument_group("optimiser and schedule")
     add = _adder(schedule, defaults)
     add("epochs", number(int, 1), "passes over all pairs")
@@ -102,7 +103,7 @@ def add_training_options(parser: Parser, defaults: Options) -> None:
     add("log_every", number(int, 1), "steps between two lines of the log")
     add("checkpoint_every", number(int, 1), "steps between two writes of last.pt within an epoch; "
         "it is written after every epoch anyway")
-    add("workers", number(int, 0), "processes that prepare batches")
+    add("workers", number(int, 0), "processes that prepare batches, for each that trains")
 
 
 def _adder(group, defaults: Options) -> Callable:

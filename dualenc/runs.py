@@ -31,17 +31,23 @@ class Run:
     Args:
         folder: made if it is not there.
         settings: plain values; they become the log's first line.
+        writes: whether this process is the one that writes; in the others log and save do nothing.
 
     Raises:
         InputError: the folder holds something else, or a run with other settings.
     """
 
-    def __init__(self, folder: Path, settings: dict):
-        self.folder = folder
+    def __init__(self, folder: Path, settings: dict, writes: bool = True):
+        self.folder, self.writes = folder, writes
         self.log_path = folder / "log.jsonl"
         self.last, self.best = folder / "last.pt", folder / "best.pt"
         # As JSON reads them back: tuples are lists, paths are strings.
         self.settings = json.loads(json.dumps(settings, default=str))
+        if writes:
+            self._open()
+
+    def _open(self) -> None:
+        folder = self.folder
         if folder.exists() and not folder.is_dir():
             raise InputError(f"--out {folder}: is a file, not a folder")
         if self.log_path.exists():
@@ -51,6 +57,8 @@ class Run:
         else:
             with replacing(self.log_path) as temporary:
                 temporary.write_text(json.dumps(self.settings) + "\n")
+        for unfinished in folder.glob(".*.tmp"):  # of a process killed while it wrote
+            unfinished.unlink(missing_ok=True)
 
     def _refuse_changes(self) -> None:
         try:
@@ -73,19 +81,20 @@ class Run:
 
     def load_state(self) -> dict | None:
         """What save_state saved last; the log is cut back to where it was then."""
+        state, log_bytes = None, None
         if self.last.exists():
             checkpoint = read_checkpoint(self.last)
             state = checkpoint["training"] | {"model": checkpoint["model"]}
             log_bytes = checkpoint["log_bytes"]
-        else:
-            with open(self.log_path, "rb") as file:
-                state, log_bytes = None, len(file.readline())
-        with open(self.log_path, "rb+") as file:
-            file.truncate(log_bytes)
+        if self.writes:
+            with open(self.log_path, "rb+") as file:
+                file.truncate(len(file.readline()) if log_bytes is None else log_bytes)
         return state
 
     def save_state(self, model_checkpoint: dict, training: dict) -> None:
         """Write last.pt: a model's checkpoint, the training state, and the log's length."""
+        if not self.writes:
+            return
         state = model_checkpoint | {
             "training": training,
             "log_bytes": self.log_path.stat().st_size,
@@ -94,10 +103,14 @@ class Run:
             torch.save(state, temporary)
 
     def save_best(self, model_checkpoint: dict, metrics: dict[str, float], epoch: int) -> None:
+        if not self.writes:
+            return
         with replacing(self.best) as temporary:
             torch.save(model_checkpoint | {"validation": metrics, "epoch": epoch}, temporary)
 
     def log(self, **values) -> None:
+        if not self.writes:
+            return
         with open(self.log_path, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 

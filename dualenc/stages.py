@@ -17,6 +17,7 @@ from dualenc.runs import Run
 from dualenc.training import SELECTION_METRIC, Options, Trainer, choose_precision
 
 NAMED_DATASETS = ("clotho", "audiocaps")
+PRECISIONS = (None, torch.bfloat16, torch.float16)
 
 
 def read_splits(args: argparse.Namespace) -> tuple[list[Split], Split]:
@@ -54,9 +55,21 @@ def initial_model(
 def open_caches(
     splits: Sequence[Split], args: argparse.Namespace, processes: Processes
 ) -> list[AudioCache]:
+    """The splits' decoded audio.
+
+    Raises:
+        InputError: a file cannot be used, or processes on several machines see different data.
+    """
     folder = args.cache_dir or args.data_dir / "cache"
     with processes.first_goes_first():
-        return [open_cache(split, folder) for split in splits]
+        caches = [open_cache(split, folder) for split in splits]
+    seen = [[[clip.name, clip.captions] for clip in split.clips] for split in splits]
+    if not processes.agree(seen):
+        raise InputError(
+            f"--data-dir {args.data_dir}: the processes see different clips or captions there; it "
+            "must hold the same files on every machine"
+        )
+    return caches
 
 
 def describe(split: Split, cache: AudioCache) -> str:
@@ -85,6 +98,7 @@ def open_run(
     model: DualEncoder,
     splits: Sequence[Split],
     options: Options,
+    processes: Processes,
     **more,
 ) -> Run:
     """The run's folder, new or to be resumed; every setting becomes the first line of its log."""
@@ -100,7 +114,7 @@ def open_run(
         **dataclasses.asdict(options),
         **more,
     }
-    return Run(folder, settings)
+    return Run(folder, settings, writes=processes.first)
 
 
 def default_name(
@@ -113,8 +127,12 @@ def default_name(
 
 
 def place(model: DualEncoder, args: argparse.Namespace, processes: Processes) -> DualEncoder:
-    """Move a model to where it computes, in the precision asked for."""
-    model.precision = choose_precision(args.precision, processes.device)
+    """Move a model to where it computes, in the precision asked for.
+
+    "auto" may be measured; the first process's choice holds for all.
+    """
+    own = PRECISIONS.index(choose_precision(args.precision, processes.device))
+    model.precision = PRECISIONS[processes.highest(own if processes.first else 0)]
     return model.to(processes.device)
 
 
@@ -147,6 +165,7 @@ def announce(
 
 def finish(trainer: Trainer, ended_by: signal.Signals | None) -> int:
     """Say how a run ended and what comes next; returns the exit status."""
+    trainer.processes.end()
     run = trainer.run
     if trainer.processes.first:
         if ended_by:

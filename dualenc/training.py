@@ -15,20 +15,17 @@ import time
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dualenc import InputError
 from dualenc.data import Batch, PairBatches
-from dualenc.losses import gather
 from dualenc.model import TAU_BOUNDS, DualEncoder
 from dualenc.processes import Processes
 from dualenc.runs import Run
+from dualenc.step import Loss, step_gradients
 
-# (audio (B, D), text (B, D), batch, tau) -> {"loss": what is minimised, and its parts by name}
-Loss = Callable[[Tensor, Tensor, Batch, Tensor], dict[str, Tensor]]
 Validate = Callable[[DualEncoder], dict[str, float]]
 SELECTION_METRIC = "mAP@10"  # best.pt is the epoch with the highest on the validation split
 
@@ -109,81 +106,6 @@ def _bf16_is_faster_here() -> bool:
     return seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
 
 
-# --- One step ---
-
-
-def step_gradients(
-    model: DualEncoder,
-    batch: Batch,
-    loss_of: Loss,
-    processes: Processes,
-    seed: int,
-    micro_batch: int | None = None,
-    scale: Callable[[Tensor], Tensor] = lambda loss: loss,
-) -> dict[str, Tensor]:
-    """Add the whole batch's gradient to the parameters' and return the losses, without graph.
-
-    With micro_batch the gradient is the same, in two passes over pieces of so many pairs
-    (GradCache, Gao et al. 2021): embed without graph, take the loss's gradient with respect to the
-    embeddings, then embed each piece again, with its graph and the same random numbers, and send
-    its part of that gradient through it. Memory is that of one piece; the negatives are those of
-    the whole batch.
-
-    Args:
-        seed: of this step's dropout, patchout and jitter.
-        scale: applied to the loss before its gradient is taken (fp16).
-    """
-    pieces = batch.pieces(micro_batch) if micro_batch else [batch]
-    two_passes = len(pieces) > 1
-
-    def embed(i: int) -> tuple[Tensor, Tensor]:
-        torch.manual_seed(_mixed(seed, processes.rank, i))
-        return _embed_pairs(model, pieces[i])
-
-    with torch.set_grad_enabled(not two_passes):
-        embedded = [embed(i) for i in range(len(pieces))]
-    audio, text = (torch.cat(side) for side in zip(*embedded, strict=True))
-    if two_passes:
-        audio.requires_grad_()
-        text.requires_grad_()
-    losses = loss_of(gather(audio, batch.sizes), gather(text, batch.sizes), batch, model.tau)
-    # Every process computes the whole batch's loss; gradients are summed over processes.
-    scale(losses["loss"] / processes.world).backward()
-    if two_passes:
-        sizes = [len(piece.tokens) for piece in pieces]
-        gradients = zip(audio.grad.split(sizes), text.grad.split(sizes), strict=True)
-        for i, gradient in enumerate(gradients):
-            torch.autograd.backward(embed(i), gradient)
-    if processes.world > 1:
-        _sum_gradients(model)
-    return {name: value.detach() for name, value in losses.items()}
-
-
-def _embed_pairs(model: DualEncoder, batch: Batch) -> tuple[Tensor, Tensor]:
-    if len(batch.tokens) == 0:  # a last batch with fewer pairs than processes
-        nothing = torch.zeros(0, model.config.embedding, device=batch.tokens.device)
-        return nothing, nothing.clone()
-    audio = model.encode_audio(batch.segments, batch.counts)
-    return audio[batch.clip_of_pair], model.encode_text(batch.tokens)
-
-
-def _mixed(*numbers: int) -> int:
-    """One seed from several numbers: the same everywhere, another where any of them differs."""
-    mixed = 0
-    for number in numbers:
-        mixed = (mixed * 1_000_003 + number + 1) % 2**63
-    return mixed
-
-
-def _sum_gradients(model: DualEncoder) -> None:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    for parameter in parameters:
-        if parameter.grad is None:  # this process had no pairs
-            parameter.grad = torch.zeros_like(parameter)
-    for work in [dist.all_reduce(p.grad, async_op=True) for p in parameters]:
-        work.wait()
-
-
 # --- The loop ---
 
 
@@ -240,13 +162,18 @@ class Trainer:
 
     def _resume(self) -> None:
         state = self.run.load_state()
-        if state is None:
-            return
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.step, self.best = state["step"], state["best"]
-        self.losses = Losses(state["losses"])
+        if state is not None:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.step, self.best = state["step"], state["best"]
+            self.losses = Losses(state["losses"])
+        if not self.processes.agree(self.run.settings, self.step, self.model.tokenizer.to_str()):
+            raise InputError(
+                f"{self.run.folder}: the processes differ in their settings or find another "
+                "last.pt; give every machine the same command and a folder that all of them share"
+            )
+        self.processes.copy_from_first(self.model)
 
     def save(self) -> None:
         """Write last.pt; a loss that is not finite is found before it could be saved."""
@@ -257,8 +184,7 @@ class Trainer:
             "best": self.best,
             "losses": self.losses.fetch(),
         }
-        if self.processes.first:
-            self.run.save_state(self.model.checkpoint(), state)
+        self.run.save_state(self.model.checkpoint(), state)
 
     def fit(self, batches: PairBatches, validate: Validate) -> signal.Signals | None:
         """Train to the last epoch or step; returns the signal that ended it before, if any."""
@@ -282,12 +208,12 @@ class Trainer:
                     self._log_interval(bar, rate, per_epoch)
                 if in_epoch == per_epoch:
                     self._end_epoch(bar, validate, per_epoch)
-                stopping = self.processes.any(stop.requested is not None)
+                stopping = self.processes.highest(stop.requested or 0)
                 due = options.checkpoint_every and self.step % options.checkpoint_every == 0
                 if stopping or due or in_epoch == per_epoch or self.step == end:
                     self.save()
                 if stopping:
-                    return stop.requested or signal.SIGTERM
+                    return signal.Signals(stopping)
             if self.losses.fetch():  # --max-steps ended it within an epoch: show what it has learnt
                 self._end_epoch(bar, validate, per_epoch)
         return None
@@ -298,7 +224,7 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         losses = step_gradients(
-            self.model, batch, self.loss_of, self.processes, _mixed(self.options.seed, self.step),
+            self.model, batch, self.loss_of, self.processes, (self.options.seed, self.step),
             self.options.micro_batch, self.scaler.scale,
         )
         self.scaler.step(self.optimizer)
@@ -314,9 +240,8 @@ class Trainer:
         in_epoch = len(self.losses.fetch())
         losses = self.losses.mean((in_epoch - 1) % self.options.log_every + 1)
         bar.set_postfix(loss=f"{losses['loss']:.3f}", lr=f"{rate:.1e}", refresh=False)
-        if self.processes.first:
-            epoch = (self.step - 1) // per_epoch + 1
-            self.run.log(step=self.step, epoch=epoch, lr=rate, **losses)
+        epoch = (self.step - 1) // per_epoch + 1
+        self.run.log(step=self.step, epoch=epoch, lr=rate, **losses)
 
     def _end_epoch(self, bar: tqdm, validate: Validate, per_epoch: int) -> None:
         epoch = -(-self.step // per_epoch)
@@ -325,12 +250,11 @@ class Trainer:
         is_best = metrics[SELECTION_METRIC] > self.best
         self.best = max(self.best, metrics[SELECTION_METRIC])
         bar.set_description(f"epoch {min(epoch + 1, self.options.epochs)}/{self.options.epochs}")
-        if not self.processes.first:
-            return
-        bar.write(
-            f"epoch {epoch:2}: loss {losses['loss']:.3f}, validation {SELECTION_METRIC} "
-            f"{100 * metrics[SELECTION_METRIC]:.2f} %" + (" (best so far)" if is_best else "")
-        )
+        if self.processes.first:
+            bar.write(
+                f"epoch {epoch:2}: loss {losses['loss']:.3f}, validation {SELECTION_METRIC} "
+                f"{100 * metrics[SELECTION_METRIC]:.2f} %" + (" (best so far)" if is_best else "")
+            )
         if is_best:
             self.run.save_best(self.model.checkpoint(), metrics, epoch)
         self.run.log(step=self.step, epoch=epoch, **losses, validation=metrics)
