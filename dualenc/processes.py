@@ -56,8 +56,14 @@ class Processes:
             torch.cuda.set_device(own)
         # gloo carries what lives on the CPU, such as the wish to stop, without waiting for a GPU.
         backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE)
-        return cls(own, dist.get_rank(), world, local_rank)
+        store, rank, world = next(dist.rendezvous("env://"))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun's store outlives a restart: the dead processes' addresses stay behind.
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world, timeout=PATIENCE
+        )
+        return cls(own, rank, world, local_rank)
 
     def end(self) -> None:
         """Leave the others, when all is done."""

@@ -288,9 +288,12 @@ class stop_signals(contextlib.AbstractContextManager):  # noqa: N801 - reads as 
             raise KeyboardInterrupt
         self.requested = signal.Signals(number)
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind, error, traceback) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+        if self.requested and isinstance(error, RuntimeError):
+            # Nothing is left to finish: torchrun ends this process because another has died.
+            signal.raise_signal(self.requested)
 
 
 def _leave_signals_to_parent(worker: int) -> None:
