@@ -1,0 +1,139 @@
+"""Peak memory and time of one training step, whole and in micro-batches.
+
+    python benchmarks/memory.py                                  # a GPU if there is one
+    python benchmarks/memory.py --batch-size 16 --micro-batch 16 4 --device cpu
+
+The model has the report's size and random weights; half of the clips last 10 s, as AudioCaps' do,
+the others 15 to 30 s, as Clotho's; captions have 20 tokens. Each step is taken in a process of its
+own, with AdamW's state in place. Memory is the most that PyTorch allocated on a GPU, and the peak
+resident memory of the process on a CPU. Time is the clock's on a GPU, and the processor's, summed
+over its cores, on a CPU, where other programs would disturb the clock's.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from dualenc.audio import SAMPLE_RATE, cut  # noqa: E402 - found through the line above
+from dualenc.data import Batch  # noqa: E402
+from dualenc.losses import contrastive_loss  # noqa: E402
+from dualenc.model import DualEncoder  # noqa: E402
+from dualenc.processes import Processes  # noqa: E402
+from dualenc.step import step_gradients  # noqa: E402
+from dualenc.training import choose_precision  # noqa: E402
+
+CAPTION_TOKENS = 20
+GB = 1e9
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--micro-batch", type=int, nargs="+", default=[64, 16, 8, 4])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def random_batch(size: int) -> Batch:
+    """Pairs of noise and of random tokens, the lengths spread as in the two data sets."""
+    rng = np.random.default_rng(0)
+    seconds = np.where(np.arange(size) % 2, 10, rng.uniform(15, 30, size))
+    clips = [
+        cut(rng.integers(-3000, 3000, int(length * SAMPLE_RATE), dtype=np.int16))
+        for length in seconds
+    ]
+    tokens = torch.from_numpy(rng.integers(5, 50_000, (size, CAPTION_TOKENS)))
+    ids = torch.arange(size)
+    return Batch(
+        segments=torch.from_numpy(np.concatenate(clips)),
+        counts=torch.tensor([len(clip) for clip in clips]),
+        clip_of_pair=ids, tokens=tokens, clip_ids=ids, pair_ids=ids, sizes=[size],
+    )
+
+
+def measure(size: int, micro_batch: int, device: str, precision: str) -> dict:
+    """One training step; prints what it took as JSON."""
+    processes = Processes.start(device)
+    on_gpu = processes.device.type == "cuda"
+    torch.manual_seed(0)
+    model = DualEncoder.create("report", "random", ["a caption"]).to(processes.device).train()
+    model.precision = choose_precision(precision, processes.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    for parameter in model.parameters():  # a step that changes nothing makes AdamW's state
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    batch = random_batch(size).to(processes.device)
+
+    clock = time.perf_counter if on_gpu else time.process_time
+    for step in range(1 + on_gpu):  # a GPU's first step also chooses kernels
+        start = clock()
+        losses = step_gradients(model, batch, loss_of, processes, (0, step), micro_batch)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses["loss"].item()  # waits for the GPU
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds = clock() - start
+    if on_gpu:
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"peak": peak, "seconds": seconds, "segments": len(batch.segments)}
+
+
+def loss_of(audio, text, batch, tau):
+    return {"loss": contrastive_loss(audio, text, batch.clip_ids, tau)}
+
+
+def print_header(args, precision: torch.dtype | None, device: torch.device) -> None:
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else f"{torch.get_num_threads()} threads"
+    print(
+        f"{device} ({name}), towers in {str(precision or torch.float32).removeprefix('torch.')}\n"
+        f"torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"Python {platform.python_version()}\n"
+        f"{'batch':>6}{'micro-batch':>13}{'segments':>10}{'peak GB':>9}{'seconds':>9}"
+    )
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.measure:
+        found = measure(args.batch_size, args.micro_batch[0], args.device, args.precision)
+        print(json.dumps(found))
+        return
+    device = Processes.start(args.device).device
+    precision = choose_precision(args.precision, device)
+    name = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[precision]
+    print_header(args, precision, device)
+    for micro_batch in args.micro_batch:
+        command = [
+            sys.executable, __file__, "--measure", "--batch-size", str(args.batch_size),
+            "--micro-batch", str(micro_batch), "--device", device.type, "--precision", name,
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+        row = f"{args.batch_size:6}{micro_batch:13}"
+        if done.returncode:  # out of memory: the next, smaller piece may fit
+            print(f"{row}   does not fit ({(done.stderr.splitlines() or ['killed'])[-1][:60]})")
+            continue
+        found = json.loads(done.stdout.splitlines()[-1])
+        cells = f"{found['segments']:10}{found['peak'] / GB:9.2f}{found['seconds']:9.1f}"
+        print(row + cells, flush=True)
+
+
+if __name__ == "__main__":
+    main()
