@@ -40,7 +40,8 @@ def run(main: Callable[[], int | None]) -> None:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on from what was saved.", file=sys.stderr)
+        if _is_first():
+            print("\nInterrupted. The same command goes on from what was saved.", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -58,11 +59,15 @@ def _one_voice() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever it is, it goes on
-        alone = os.environ.get("WORLD_SIZE", "1") == "1"
-        first = os.environ.get("RANK", "0") == "0"
-        if not (alone or first and isinstance(error, InputError)):
+        many = os.environ.get("WORLD_SIZE", "1") != "1"
+        if many and not (_is_first() and isinstance(error, InputError)):
             time.sleep(GRACE_SECONDS)
         raise
+
+
+def _is_first() -> bool:
+    """Whether this is the first of torchrun's processes, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from dualenc.metrics import retrieval_metrics
 from dualenc.model import EMBED_CAPTIONS, EMBED_CLIPS, DualEncoder, by_length
 
 # How long the others wait for the first, which decodes a data set while they do.
-PATIENCE = datetime.timedelta(days=2)
+PATIENCE = datetime.timedelta(hours=12)
 
 
 @dataclasses.dataclass(frozen=True)

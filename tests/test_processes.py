@@ -25,6 +25,7 @@ import torch.multiprocessing
 import distill
 import evaluate
 import train
+from dualenc import run
 from dualenc.data import PairBatches, open_cache
 from dualenc.layouts import read_split
 from dualenc.losses import gather
@@ -201,7 +202,7 @@ def replayed_gradients(model, split, cache, processes):
     whole = PairBatches(
         [pairs_of(split, cache)], model.tokenizer, 9, 1, 0, (processes.rank, processes.world)
     )
-    batch = whole[0]
+    batch = whole[0].to(processes.device)
     found = {}
     for precision in (None, torch.bfloat16):
         model.precision = precision
@@ -263,6 +264,33 @@ def test_both_passes_of_a_micro_batch_see_the_same_network(results, world, preci
     assert deviation(pieces, one_graph) <= 1e-6
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_both_passes_see_the_same_network_on_a_gpu(data, tmp_path):
+    split, cache = read_and_cache(data, tmp_path)
+    processes = Processes.start("cuda")
+    model = tiny_model(split.captions, random=True).to(processes.device)
+    found = replayed_gradients(model, split, cache, processes)
+    for precision in (None, torch.bfloat16):
+        assert deviation(found["pieces", precision], found["one graph", precision]) <= 1e-5
+
+
+def test_a_scaled_loss_scales_the_gradient(data, tmp_path):
+    """As fp16 needs it: the scale is on the loss before the embeddings' gradient is taken."""
+    split, cache = read_and_cache(data, tmp_path)
+    model = tiny_model(split.captions, random=True)
+    batch = PairBatches([pairs_of(split, cache)], model.tokenizer, 4)[0]
+    gradients = []
+    for scale in (1, 1024):
+        model.zero_grad()
+        step_gradients(
+            model, batch, train.loss_of, Processes(torch.device("cpu")), (0, 0), 2,
+            lambda loss, scale=scale: scale * loss,
+        )
+        gradients.append({n: g / scale for n, g in gradients_of(model).items()})
+    assert deviation(*gradients) <= 1e-6
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_embeddings_and_metrics_are_the_same_to_the_last_bit(results, world):
     one, many = results["1"], results[f"{world}"]
@@ -311,6 +339,10 @@ def call(main, command, output):
     assert status == 0
 
 
+def call_to_its_end(main, command, output):
+    call(lambda: run(main), command, output)
+
+
 def test_only_the_first_process_prints(trained):
     assert "Done after step 8" in (trained / "output0").read_text()
     assert (trained / "output1").read_text() == ""
@@ -345,17 +377,14 @@ def wait_for(path, seconds=60):
         time.sleep(0.02)
 
 
-def torchrun(restarts, command):
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "--max-restarts", str(restarts), *command],
+def test_a_process_that_dies_takes_the_run_back_and_it_goes_on(data, trained, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher = subprocess.Popen(
+        [*torchrun, "--nproc-per-node", "2", "--max-restarts", "1"]
+        + training_command(data, tmp_path),
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )
-
-
-def test_a_process_that_dies_takes_the_run_back_and_it_goes_on(data, trained, tmp_path):
-    launcher = torchrun(1, training_command(data, tmp_path))
     wait_for(tmp_path / "run/last.pt")
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
@@ -367,13 +396,16 @@ def test_a_process_that_dies_takes_the_run_back_and_it_goes_on(data, trained, tm
     assert logs[0] == logs[1]
 
 
-def test_bad_input_is_said_once(tmp_path):
-    """Only the first process opens the bad file; the other waits for it and loses it."""
+def test_bad_input_is_said_once(start, tmp_path):
+    """Only the first process opens the bad files; the other waits for it and loses it."""
     (tmp_path / "captions.csv").write_text("file_name,caption\na.wav,rain\nb.wav,wind\n")
     for name in ("a.wav", "b.wav"):
         (tmp_path / name).write_bytes(b"not a sound")
-    launcher = torchrun(0, training_command(tmp_path, tmp_path))
-    _, errors = launcher.communicate(timeout=90)
-    assert launcher.returncode == 1  # torchrun's own
-    assert errors.count("train.py: ") == errors.count("cannot be decoded") == 1
-    assert "RuntimeError" not in errors
+    command = training_command(tmp_path, tmp_path)
+    group = start(call_to_its_end, 2, train.main, command, tmp_path / "output")
+    with pytest.raises(torch.multiprocessing.ProcessExitedException) as ended:
+        join(group)  # ends the others when one has failed, as torchrun does
+    assert ended.value.exit_code == 2
+    (line,) = (tmp_path / "output0").read_text().splitlines()
+    assert line.startswith("train.py: ") and "cannot be decoded" in line
+    assert (tmp_path / "output1").read_text() == ""
