@@ -15,13 +15,12 @@ import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
 
-from dualenc.step import step_gradients
-
 import distill
 import train
 from benchmarks.measure import batch_of, machine, medians, random_captions, random_clips
 from dualenc.model import DualEncoder
 from dualenc.processes import Processes
+from dualenc.step import step_gradients
 from dualenc.text import tokenize
 from dualenc.training import choose_precision
 

@@ -12,7 +12,6 @@ over its cores, on a CPU, where other programs would disturb the clock's.
 
 import argparse
 import json
-import platform
 import resource
 import subprocess
 import sys
@@ -21,17 +20,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parents[1])]
 
-from dualenc.audio import SAMPLE_RATE, cut  # noqa: E402 - found through the line above
-from dualenc.data import Batch  # noqa: E402
-from dualenc.losses import contrastive_loss  # noqa: E402
-from dualenc.model import DualEncoder  # noqa: E402
-from dualenc.processes import Processes  # noqa: E402
-from dualenc.step import step_gradients  # noqa: E402
-from dualenc.training import choose_precision  # noqa: E402
+from benchmarks.measure import batch_of, machine, random_clips
+from dualenc.model import DualEncoder
+from dualenc.processes import Processes
+from dualenc.step import step_gradients
+from dualenc.training import choose_precision
+from train import loss_of
 
 CAPTION_TOKENS = 20
 GB = 1e9
@@ -47,21 +44,12 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def random_batch(size: int) -> Batch:
-    """Pairs of noise and of random tokens, the lengths spread as in the two data sets."""
+def random_batch(size: int):
+    """Noise, every second clip of 10 s, and random tokens."""
     rng = np.random.default_rng(0)
-    seconds = np.where(np.arange(size) % 2, 10, rng.uniform(15, 30, size))
-    clips = [
-        cut(rng.integers(-3000, 3000, int(length * SAMPLE_RATE), dtype=np.int16))
-        for length in seconds
-    ]
+    durations = np.where(np.arange(size) % 2, 10, rng.uniform(15, 30, size))
     tokens = torch.from_numpy(rng.integers(5, 50_000, (size, CAPTION_TOKENS)))
-    ids = torch.arange(size)
-    return Batch(
-        segments=torch.from_numpy(np.concatenate(clips)),
-        counts=torch.tensor([len(clip) for clip in clips]),
-        clip_of_pair=ids, tokens=tokens, clip_ids=ids, pair_ids=ids, sizes=[size],
-    )
+    return batch_of(random_clips(durations), tokens)
 
 
 def measure(size: int, micro_batch: int, device: str, precision: str) -> dict:
@@ -95,21 +83,6 @@ def measure(size: int, micro_batch: int, device: str, precision: str) -> dict:
     return {"peak": peak, "seconds": seconds, "segments": len(batch.segments)}
 
 
-def loss_of(audio, text, batch, tau):
-    return {"loss": contrastive_loss(audio, text, batch.clip_ids, tau)}
-
-
-def print_header(args, precision: torch.dtype | None, device: torch.device) -> None:
-    on_gpu = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if on_gpu else f"{torch.get_num_threads()} threads"
-    print(
-        f"{device} ({name}), towers in {str(precision or torch.float32).removeprefix('torch.')}\n"
-        f"torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"Python {platform.python_version()}\n"
-        f"{'batch':>6}{'micro-batch':>13}{'segments':>10}{'peak GB':>9}{'seconds':>9}"
-    )
-
-
 def main() -> None:
     args = parse_arguments()
     if args.measure:
@@ -119,7 +92,8 @@ def main() -> None:
     device = Processes.start(args.device).device
     precision = choose_precision(args.precision, device)
     name = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[precision]
-    print_header(args, precision, device)
+    print(f"{machine(device)}; towers in {name}")
+    print(f"{'batch':>6}{'micro-batch':>13}{'segments':>10}{'peak GB':>9}{'seconds':>9}")
     for micro_batch in args.micro_batch:
         command = [
             sys.executable, __file__, "--measure", "--batch-size", str(args.batch_size),

@@ -1,8 +1,6 @@
 """The one training loop, for both stages (report, section 2; the rest as in the baseline).
 
-schedule -> precision -> processes -> step -> loop. A script hands in the loss.
-
-Shapes: B pairs of the whole batch, over all processes; D embedding values.
+schedule -> precision -> loop. A script hands in the loss; a step's gradient is in step.py.
 """
 
 import contextlib
