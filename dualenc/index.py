@@ -96,7 +96,11 @@ class SoundIndex:
         return len(self.files)
 
     def path(self, number: int) -> Path:
-        return self.root / os.fsdecode(self._name(number))
+        """Where a file lies, which is always below the root, whoever wrote the index."""
+        name = Path(os.fsdecode(self._name(number)))
+        if name.is_absolute() or ".." in name.parts:
+            raise InputError(f"{name}: the index names a file outside of {self.root}")
+        return self.root / name
 
     def _name(self, number: int) -> bytes:
         return bytes(self.names[self._span("name_end", number)])

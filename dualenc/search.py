@@ -10,24 +10,25 @@ Python: SoundIndex in dualenc.index.
 """
 
 import json
-import math
 import os
 import sys
 from collections.abc import Iterator
+from html import escape
 from pathlib import Path
 
 from dualenc import MAX_LISTED_FAULTS, InputError, run
 from dualenc.audio import SAMPLE_RATE
+from dualenc.document import Sounds, clock, match_list, percent, write_document
 from dualenc.index import Match, SoundIndex
 from dualenc.model import DualEncoder
 from dualenc.options import Parser, add_device_options, number
 from dualenc.processes import Processes
 from dualenc.runs import newest_best
+from dualenc.serve import serve
 from dualenc.sounds import sounds_below
 from dualenc.stages import place
 
 INDEX_NAME = ".dualenc-index"  # hidden: sounds_below passes over it
-MAX_SENTENCE = 10_000  # characters; only 32 tokens of it count
 
 
 def parse_arguments():
@@ -69,15 +70,8 @@ def _check_arguments(args) -> None:
         raise InputError("--serve takes no query and writes no --json or --html")
     if args.html and not (args.sentence or args.like):
         raise InputError("--html needs a sentence or --like")
-    if args.sentence is not None:
-        check_sentence(args.sentence)
-
-
-def check_sentence(sentence: str) -> None:
-    if not sentence.strip():
+    if args.sentence is not None and not args.sentence.strip():
         raise InputError("the sentence is empty")
-    if len(sentence) > MAX_SENTENCE:
-        raise InputError(f"the sentence has more than {MAX_SENTENCE:,} characters")
 
 
 # --- The index ---
@@ -121,7 +115,6 @@ def sentences() -> Iterator[str]:
         except EOFError:
             return
         if line.strip():
-            check_sentence(line)
             yield line
 
 
@@ -138,21 +131,21 @@ def json_line(query: str, matches: list[Match]) -> str:
     return json.dumps({"query": query, "matches": found})
 
 
-def clock(seconds: float) -> str:
-    """Seconds, rounded up, as 0:20 or 1:02:20."""
-    minutes, seconds = divmod(math.ceil(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def percent(share: float) -> str:
-    """A share of the index, rounded down: only all of it is 100 %."""
-    return f"{math.floor(1000 * share) / 10:.1f} %"
-
-
 def printable(text: str) -> str:
     """Text from outside, such as a file's name, that cannot steer the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def write_page(path: Path, query: str, matches: list[Match], root: Path) -> None:
+    """The matches as a page with players that start at the matching segment."""
+    sounds = Sounds(path)
+
+    def player(match: Match, label: str) -> str:
+        return sounds.player(match.path, label, match.start)
+
+    title = f"Sounds for: {query}"
+    body = f"<h1>{escape(title)}</h1>\n{match_list(matches, root, player)}"
+    write_document(path, title, body, sounds)
 
 
 def main() -> int:
@@ -161,14 +154,18 @@ def main() -> int:
     model = DualEncoder.load(checkpoint)
     model = place(model, args, Processes.start(args.device))
     index = open_index(model, args.audio, args.index)
-    queries = sentences() if args.sentence is None else [args.sentence]
-    for query in [str(args.like)] if args.like else queries:
+    if args.serve:
+        return serve(index, args.port)
+    given = args.like or args.sentence
+    for query in [str(given)] if given else sentences():
         search = index.search_like if args.like else index.search
         matches = search(query, args.top, args.by)
         if args.json:
             print(json_line(query, matches), flush=True)
         else:
             print_matches(matches, index.root)
+        if args.html:
+            write_page(args.html, query, matches, index.root)
     return 0
 
 
