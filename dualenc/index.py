@@ -301,10 +301,15 @@ def _share_below(scores: Tensor, best: Tensor) -> Tensor:
 
 
 def fingerprint(model: DualEncoder) -> str:
-    """Of all that decides an embedding: sizes, tokenizer and weights."""
+    """Of all that decides an embedding: sizes, tokenizer and weights.
+
+    Of every weight tensor some thousand values count: training changes all tensors, and to hash the
+    report's model whole would take longer than to open an index of a million files.
+    """
     config = dataclasses.asdict(model.config)
     digest = hashlib.sha256(json.dumps([config, model.tokenizer.to_str()]).encode())
     for name, value in model.state_dict().items():
+        spread = value.flatten()[:: max(1, value.numel() // 1000)].cpu()
         digest.update(name.encode())
-        digest.update(value.cpu().numpy())
+        digest.update(spread.contiguous().numpy())
     return digest.hexdigest()

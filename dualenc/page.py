@@ -230,10 +230,9 @@ class Queries:
 
 def main() -> int:
     parser = Parser(__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    curves = commands.add_parser("curves", help="draw the learning curves of runs into one picture")
-    curves.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
-    curves.add_argument(
+    parser.add_argument("what", choices=("curves",), help="the learning curves of runs")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument(
         "--out", type=Path, default=Path("curves.svg"), metavar="FILE",
         help=".svg or .png (default curves.svg)",
     )
