@@ -99,7 +99,7 @@ def match_list(matches: Sequence[Match], root: Path, player: Callable[[Match, st
         name = os.path.relpath(match.path, root)
         where = f"{clock(match.start)} to {clock(match.end)}"
         items.append(
-            f'<li><span class="file">{escape(name)}</span>, {where}\n'
+            f'<li><span class="file">{escape(name)}</span>, <span class="where">{where}</span>\n'
             f"{player(match, f'{name} from {clock(match.start)}')}\n"
             f'<p class="caption">score {match.score:.3f}, above {percent(match.above)} of the '
             "index</p></li>"

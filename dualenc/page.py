@@ -138,9 +138,9 @@ def _similarities(split: Split, audio: Tensor, text: Tensor) -> str:
         )
         items.append(f"<li>Group {figures.group_letter(i)}<ul>{lines}</ul></li>")
     return (
-        f'<p class="quiet">{len(sample)} clips drawn at random, grouped by the similarity of their '
-        "sounds. On the right a bright diagonal means that captions find their own clips; a bright "
-        "block, that they find its like.</p>"
+        f'<p class="quiet">{len(sample)} clips drawn at random, grouped by how alike they sound to '
+        "the model. In the second matrix a bright diagonal means that captions find their own "
+        "clips, a bright block that they find its like.</p>"
         + _figures({
             "Sounds with sounds": draw(sounds @ sounds.T, groups, ("clip", "clip"), "clips"),
             "Captions with sounds": draw(captions @ sounds.T, groups, ("caption", "clip"), "pairs"),

@@ -72,8 +72,9 @@ class Server(ThreadingHTTPServer):
         body = (
             f"<h1>{TITLE}</h1>\n"
             '<form action="/" role="search"><label for="q">A sound of</label>'
-            f'<input id="q" name="q" type="search" value="{escape(sentence)}" autofocus required '
-            f'maxlength="{MAX_SENTENCE}" placeholder="a dog barks, then a car passes">'
+            f'<input id="q" name="q" type="search" value="{escape(sentence)}" required '
+            f'placeholder="a dog barks, then a car passes" maxlength="{MAX_SENTENCE}"'
+            f'{"" if sentence else " autofocus"}>'
             f'<label for="by">scored by</label><select id="by" name="by">{options}</select>'
             f'<button>Search</button></form>\n<p class="quiet">{len(self.index):,} files in '
             f"{escape(str(self.index.root))}</p>\n"

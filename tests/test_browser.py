@@ -137,6 +137,7 @@ def play(browser, player):
     return browser.wait(f"{player}.currentTime")
 
 
+PHONE = {"width": 360, "height": 700, "deviceScaleFactor": 2, "mobile": True}
 SHOWN = "[...document.querySelectorAll('.query')].filter(query => query.offsetParent).length"
 
 
@@ -169,7 +170,7 @@ def test_nothing_from_outside_becomes_markup_or_is_fetched(browser, page):
     count = "return arguments[0].map(tag => document.querySelectorAll(tag).length)"
     assert browser.script(count, ["script", "img", "b", "[onerror]"]) == [2, 0, 0, 0]
     # Its two scripts, the sounds' data and what plays them, are its own.
-    names = browser.script("return [...document.querySelectorAll('.file')].map(e => e.innerText)")
+    names = browser.script("return [...document.querySelectorAll('.file')].map(e => e.textContent)")
     assert EVIL in names
     fetched = browser.script("return performance.getEntriesByType('resource').map(e => e.name)")
     assert [name for name in fetched if not name.startswith(("blob:", "data:"))] == []
@@ -191,8 +192,7 @@ def test_sounds_beyond_the_limit_are_linked(browser, split, tmp_path):
 
 def test_the_page_can_be_read_on_a_phone_in_the_dark_and_without_a_mouse(browser, page):
     try:
-        browser.devtools("Emulation.setDeviceMetricsOverride", width=360, height=700,
-                         deviceScaleFactor=2, mobile=True)
+        browser.devtools("Emulation.setDeviceMetricsOverride", **PHONE)
         browser.open(page.as_uri())
         # The groups' clips, and one query.
         browser.script("[...document.querySelectorAll('details')].slice(0, 2).map(d => d.open = 1)")
@@ -223,10 +223,13 @@ def test_the_page_can_be_read_on_a_phone_in_the_dark_and_without_a_mouse(browser
         browser.devtools("Emulation.setEmulatedMedia", features=[])
 
 
+LONG = f'{"long" * 20} "1" <b>.wav'
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sounds")
-    write_tone(folder / 'long "1" <b>.wav', 35)
+    write_tone(folder / LONG, 35)
     write_tone(folder / "short.wav", 2)
     torch.manual_seed(0)
     model = DualEncoder.create("tiny", "random", ["a dog barks"])
@@ -244,10 +247,13 @@ def test_the_search_page_plays_from_the_matching_segment(browser, server):
     browser.script("document.getElementById('by').value = 'segment'")
     browser.type("#q", "a dog barks" + ENTER)
     first = browser.wait("document.querySelector('li')?.textContent")
-    assert 'long "1" <b>.wav, 0:20 to 0:30' in first and "above 50.0 % of the index" in first
+    assert f"{LONG}, 0:20 to 0:30" in first and "above 50.0 % of the index" in first
     assert browser.script("return document.getElementById('q').value") == "a dog barks"
     assert browser.script("return document.getElementById('by').value") == "segment"
     player = "document.querySelector('audio')"
     assert play(browser, player) >= 20
     assert browser.script(f"return {player}.duration") == pytest.approx(35)
+    browser.devtools("Emulation.setDeviceMetricsOverride", **PHONE)
+    assert browser.script("return document.documentElement.scrollWidth") <= 360
+    browser.devtools("Emulation.clearDeviceMetricsOverride")
     assert browser.errors() == []
