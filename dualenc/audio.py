@@ -7,6 +7,7 @@ Shapes: n samples, S segments, F = 1000 frames, W = 768 values (PaSST's width).
 
 import functools
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,7 +73,8 @@ def decode_blocks(path: str | Path) -> Iterator[np.ndarray]:
     The blocks joined are what resampling the whole file at once would give.
     """
     try:
-        with soundfile.SoundFile(path) as file:
+        # As bytes: a name that is not valid UTF-8 is a file's name, too.
+        with soundfile.SoundFile(os.fsencode(path)) as file:
             if file.frames == 0:
                 raise InputError(f"{path}: holds no samples; replace or remove it")
             for block in _resampled_blocks(file):

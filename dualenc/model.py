@@ -168,7 +168,23 @@ class DualEncoder(nn.Module):
         with self._inference():
             parts = [
                 self.encode_audio(segments.to(self.device), counts.to(self.device)).cpu()
-                for segments, counts in _packed(map(_waveform, sounds))
+                for segments, counts in _packed(cut(_waveform(sound)) for sound in sounds)
+            ]
+        return torch.cat([torch.zeros(0, self.config.embedding), *parts])
+
+    def embed_segments(self, segments: Iterable[np.ndarray]) -> Tensor:
+        """Embed 10 s segments by themselves, of sounds of any length.
+
+        Args:
+            segments: arrays (any number, 320000), as audio.cut makes them; taken one by one.
+
+        Returns:
+            (S, D) float32 on the CPU, not normalised: a sound's embedding is the mean over its
+            segments, brought to unit norm.
+        """
+        with self._inference():
+            parts = [
+                self.project_segments(batch.to(self.device)).cpu() for batch, _ in _packed(segments)
             ]
         return torch.cat([torch.zeros(0, self.config.embedding), *parts])
 
@@ -370,11 +386,11 @@ def _waveform(sound: str | os.PathLike | np.ndarray | Tensor) -> np.ndarray:
     return waveform.astype(np.float32)
 
 
-def _packed(waveforms: Iterable[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of whole clips: (S, 320000) float32 and (C,) segments of each."""
+def _packed(segments: Iterable[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Segments clip by clip -> batches of whole clips: (S, 320000) and (C,) segments of each."""
     clips: list[np.ndarray] = []
-    for waveform in waveforms:
-        clips.append(cut(waveform))
+    for clip in segments:
+        clips.append(clip)
         if len(clips) == EMBED_CLIPS:
             yield _batch(clips)
             clips = []

@@ -3,6 +3,7 @@
     runs/NAME/log.jsonl   first line: every setting; then a JSON object per step interval and epoch
     runs/NAME/last.pt     the state of the run: loadable as a model, and all that resuming needs
     runs/NAME/best.pt     the model of the best epoch by validation mAP@10
+    runs/NAME/curves.svg  loss, learning rate and validation mAP@10, drawn after every epoch
 
 The log holds no times: a run that was interrupted and resumed writes the same lines as one that was
 left alone.

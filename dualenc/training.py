@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from dualenc import InputError
 from dualenc.data import Batch, PairBatches
+from dualenc.figures import write_curves
 from dualenc.model import TAU_BOUNDS, DualEncoder
 from dualenc.processes import Processes
 from dualenc.runs import Run
@@ -256,6 +257,7 @@ class Trainer:
         if is_best:
             self.run.save_best(self.model.checkpoint(), metrics, epoch)
         self.run.log(step=self.step, epoch=epoch, **losses, validation=metrics)
+        write_curves([self.run.folder], self.run.folder / "curves.svg")
 
     def _progress_bar(self, batches: PairBatches, end: int) -> tqdm:
         pairs = len(batches.clip_of_pair)

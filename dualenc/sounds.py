@@ -1,0 +1,116 @@
+"""Sound files below a folder, of any length -> embeddings of each file and of its 10 s segments.
+
+Shapes: s segments of one file, D embedding values.
+"""
+
+import itertools
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch.nn.functional as F
+
+from dualenc import InputError
+from dualenc.audio import (
+    AUDIO_SUFFIXES,
+    MIN_REMAINDER,
+    SEGMENT_SAMPLES,
+    cut,
+    decode_blocks,
+)
+from dualenc.model import DualEncoder
+
+CHUNK_FILES = 64  # embedded together, so that short files share the model's batches
+
+
+class Embedded(NamedTuple):
+    """What the model makes of one file: (D,) and (s, D) float32 of unit norm.
+
+    The embedding is the mean over all segments, as in training but beyond 30 s, too.
+    """
+
+    samples: int  # at 32 kHz, as far as segments reach
+    embedding: np.ndarray
+    segments: np.ndarray
+
+
+def sounds_below(folder: Path) -> tuple[list[Path], Counter[str], list[str]]:
+    """All sound files below a folder, but for hidden ones (".name").
+
+    Returns:
+        the files in order; other files counted by suffix; folders that could not be listed.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder of sounds")
+    found, others, faults = [], Counter(), []
+
+    def note(error: OSError) -> None:
+        faults.append(f"{error.filename}: {error.strerror}")
+
+    for place, folders, names in os.walk(folder, onerror=note):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(name for name in names if not name.startswith(".")):
+            path = Path(place, name)
+            if path.suffix.lower() in AUDIO_SUFFIXES:
+                found.append(path)
+            else:
+                others[path.suffix.lower() or "no suffix"] += 1
+    return found, others, faults
+
+
+def file_stamp(path: Path) -> tuple[int, int]:
+    """What tells whether a file has changed: bytes, and nanoseconds of its last modification.
+
+    Raises:
+        InputError: there is no such file; opening a pipe or device would wait for ever.
+    """
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise InputError(f"{path}: is not a file")
+    return found.st_size, found.st_mtime_ns
+
+
+def embed_files(model: DualEncoder, paths: Iterable[Path]) -> Iterator[Embedded | InputError]:
+    """Embed files one after the other, streamed: for each what came of it, or why nothing did.
+
+    A progress bar around the paths moves as they are read.
+    """
+    paths = iter(paths)
+    while True:
+        read: list[tuple[int, int, InputError | None]] = []  # samples, segments, fault of each
+        chunk = itertools.islice(paths, CHUNK_FILES)
+        vectors = model.embed_segments(_segments(chunk, read))
+        if not read:
+            return
+        parts = vectors.split([count for _, count, _ in read])
+        for (samples, _, fault), own in zip(read, parts, strict=True):
+            yield fault or Embedded(
+                samples,
+                F.normalize(own.mean(dim=0), dim=0).numpy(),
+                F.normalize(own, dim=1).numpy(),
+            )
+
+
+def _segments(paths: Iterable[Path], read: list) -> Iterator[np.ndarray]:
+    """The segments of all files, block by block: (at most 3, 320000); each file is noted in read"""
+    for path in paths:
+        samples, count, fault = 0, 0, None
+        try:
+            file_stamp(path)
+            for block in decode_blocks(path):
+                if samples and len(block) < MIN_REMAINDER:
+                    break  # a remainder that does not count, as in audio.segment_count
+                segments = cut(block)
+                samples += len(block)
+                count += len(segments)
+                yield segments
+        except InputError as error:
+            fault = error
+        read.append((min(samples, count * SEGMENT_SAMPLES), count, fault))
