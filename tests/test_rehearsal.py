@@ -11,13 +11,14 @@ import distill
 import evaluate
 import train
 from dualenc import model, run
+from dualenc.miniature import write_miniature
 from dualenc.model import PRESETS, DualEncoder
 from tests.rehearsal import commands, write_passt, write_roberta
 
 SCRIPTS = {"train.py": train, "distill.py": distill, "evaluate.py": evaluate}
 
 
-def test_the_readmes_commands_with_every_default(miniature, tmp_path, monkeypatch, capfd):
+def test_the_readmes_commands_with_every_default(tmp_path, monkeypatch, capfd):
     # One layer of PaSST's twelve and a small RoBERTa: names, files and code are the real ones.
     monkeypatch.setitem(
         model.PRESETS, "report", dataclasses.replace(PRESETS["report"], audio_depth=1)
@@ -29,7 +30,7 @@ def test_the_readmes_commands_with_every_default(miniature, tmp_path, monkeypatc
     )
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "huggingface/hub"))
-    (tmp_path / "data").symlink_to(miniature)
+    write_miniature(tmp_path / "data", clotho=(2, 1, 2), audiocaps=(2, 1, 1))
     monkeypatch.chdir(tmp_path)
     for name, *arguments in commands(tmp_path, max_steps=1):
         monkeypatch.setattr(sys, "argv", [name, *arguments])
