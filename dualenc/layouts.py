@@ -6,6 +6,8 @@ What is read here is files' names and csv rows; no sound is opened.
 import csv
 import dataclasses
 import hashlib
+import os
+import string
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
@@ -29,6 +31,7 @@ AUDIOCAPS_LAYOUTS = {
     "flat": ("{0}.csv", "{0}"),
 }
 ANNOTATIONS = "metadata_eval.csv"  # the new annotations of DCASE 2025
+BLANK = string.whitespace + string.punctuation  # nothing of it is left when captions are normalised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Split:
     def file_stem(self) -> str:
         """A file name for what is derived from this split; no two splits share it."""
         if self.layout == "folder":
-            digest = hashlib.sha256(self.name.encode()).hexdigest()[:8]
+            digest = hashlib.sha256(os.fsencode(self.name)).hexdigest()[:8]
             return f"folder-{Path(self.name).name}-{digest}"
         return self.name.replace("/", "-")
 
@@ -169,7 +172,7 @@ def _read_folder(folder: Path) -> Split:
             f"{folder}: not a data set: give clotho, audiocaps, or a folder that holds sounds and "
             "a captions.csv with the columns file_name,caption or file_name,caption_1,caption_2,..."
         )
-    header = _header(table)
+    header, _ = _read_rows(table)
     columns = [name for name in header if name == "caption" or name.startswith("caption_")]
     captions: dict[str, list[str]] = {}  # one row per caption, or all in one row
     for name, *found in read_csv(table, ["file_name", *(columns or ["caption"])]):
@@ -193,31 +196,22 @@ def _existing(
         raise InputError.of(str(table), faults)
     clips, missing = [], []
     for name, captions in rows:
-        if (folder / name).is_file():
+        # What is there and is no file is found out, with all other faults, when it is decoded.
+        if os.path.exists(folder / name):
             clips.append(Clip(name, folder / name, tuple(captions)))
         else:
             missing.append(name)
     return clips, missing
 
 
-def _header(table: Path) -> list[str]:
-    with open(table, encoding="utf-8-sig", newline="") as file:
-        return next(csv.reader(file), [])
-
-
 def read_csv(table: Path, columns: Sequence[str]) -> list[list[str]]:
     """The named columns of a csv file, row by row; other columns are passed over.
 
     Raises:
-        InputError: the file is not UTF-8, lacks a column, or rows are short or hold empty values.
+        InputError: the file is not UTF-8, lacks a column, or rows are short or hold values without
+            a letter or digit.
     """
-    try:
-        with open(table, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
-            header = next(reader, [])
-            rows = [(reader.line_num, row) for row in reader if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{table}: cannot be read as a UTF-8 csv file ({error})") from error
+    header, rows = _read_rows(table)
     wrong = [name for name in columns if header.count(name) != 1]
     if wrong:
         raise InputError(
@@ -227,7 +221,7 @@ def read_csv(table: Path, columns: Sequence[str]) -> list[list[str]]:
         raise InputError(f"{table}: holds no rows")
     places = [header.index(name) for name in columns]
     faults = [
-        f"line {line} has an empty {columns[i]}" if len(row) == len(header)
+        f"line {line} has no word in {columns[i]}" if len(row) == len(header)
         else f"line {line} has {len(row)} fields instead of {len(header)}"
         for line, row in rows
         for i in [_first_empty(row, places, len(header))]
@@ -238,8 +232,19 @@ def read_csv(table: Path, columns: Sequence[str]) -> list[list[str]]:
     return [[row[place] for place in places] for _, row in rows]
 
 
+def _read_rows(table: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """A csv file's header, and its rows with the number of the line that each ends in."""
+    try:
+        with open(table, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)  # else an open quote swallows what follows
+            header = next(reader, [])
+            return header, [(reader.line_num, row) for row in reader if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{table}: cannot be read as a UTF-8 csv file ({error})") from error
+
+
 def _first_empty(row: list[str], places: list[int], width: int) -> int | None:
-    """The first wanted column without a value in this row, if any."""
+    """The first wanted column without a word in this row, if any."""
     if len(row) != width:
         return 0
-    return next((i for i, place in enumerate(places) if not row[place].strip()), None)
+    return next((i for i, place in enumerate(places) if not row[place].strip(BLANK)), None)

@@ -9,12 +9,11 @@ left alone.
 """
 
 import json
+import os
 from pathlib import Path
 
-import torch
-
 from dualenc import InputError, replacing
-from dualenc.model import read_checkpoint
+from dualenc.checkpoints import read_checkpoint, write_tensors
 
 # Settings that may differ between a run and its resumption: they do not change the mathematics.
 FREE_SETTINGS = frozenset({
@@ -54,14 +53,16 @@ class Run:
         try:
             with open(self.log_path, encoding="utf-8") as file:
                 old = json.loads(file.readline())
-            names = dict.fromkeys([*old, *self.settings])
-        except (ValueError, TypeError) as error:
+            old, new = _named(old), _named(self.settings)
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise InputError(f"--out {self.folder}: its log.jsonl is not a run's log") from error
         changes = [
-            f"--{name.replace('_', '-')}: was {old.get(name)}, now {self.settings.get(name)}"
-            for name in names
-            if name not in FREE_SETTINGS and old.get(name) != self.settings.get(name)
+            f"{name}: was {old.get(name)}, now {new.get(name)}"
+            for name in dict.fromkeys([*old, *new])
+            if old.get(name) != new.get(name)
         ]
+        if old["--preset"] != new["--preset"]:  # the sizes follow from it
+            changes = [change for change in changes if not change.startswith("the model's")]
         if changes:
             raise InputError.of(
                 f"{self.folder} holds a run with other settings; give its settings, or another "
@@ -73,8 +74,13 @@ class Run:
         """What save_state saved last; the log is cut back to where it was then."""
         if self.last.exists():
             checkpoint = read_checkpoint(self.last)
+            missing = {"training", "model", "log_bytes"} - checkpoint.keys()
+            if missing:
+                raise InputError(f"{self.last}: is no run's state: it has no {min(missing)}")
             state = checkpoint["training"] | {"model": checkpoint["model"]}
             log_bytes = checkpoint["log_bytes"]
+            if self.log_path.stat().st_size < log_bytes:
+                raise InputError(f"{self.log_path}: is shorter than when {self.last} was written")
         else:
             with open(self.log_path, "rb") as file:
                 state, log_bytes = None, len(file.readline())
@@ -84,20 +90,40 @@ class Run:
 
     def save_state(self, model_checkpoint: dict, training: dict) -> None:
         """Write last.pt: a model's checkpoint, the training state, and the log's length."""
-        state = model_checkpoint | {
-            "training": training,
-            "log_bytes": self.log_path.stat().st_size,
-        }
-        with replacing(self.last) as temporary:
-            torch.save(state, temporary)
+        with open(self.log_path, "rb") as file:
+            os.fsync(file.fileno())  # what last.pt speaks of must be on the disk before it
+            log_bytes = file.seek(0, os.SEEK_END)
+        state = model_checkpoint | {"training": training, "log_bytes": log_bytes}
+        write_tensors(state, self.last)
 
     def save_best(self, model_checkpoint: dict, metrics: dict[str, float], epoch: int) -> None:
-        with replacing(self.best) as temporary:
-            torch.save(model_checkpoint | {"validation": metrics, "epoch": epoch}, temporary)
+        write_tensors(model_checkpoint | {"validation": metrics, "epoch": epoch}, self.best)
 
     def log(self, **values) -> None:
-        with open(self.log_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        try:
+            with open(self.log_path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:  # a disk that is full does not name the file
+            raise InputError(f"{self.log_path}: cannot be written ({error.strerror})") from error
+
+
+def _named(settings: dict) -> dict:
+    """Each setting by the name that a user knows it by."""
+    named = {}
+    for name, value in settings.items():
+        if name == "data":
+            named |= {f"clips, captions and digest of {split}": v for split, v in value.items()}
+        elif name == "model":
+            options = {key: value[key] for key in ("preset", "tau", "learn_tau")}
+            named |= {_option(key): v for key, v in options.items()}
+            named |= {f"the model's {k}": v for k, v in value.items() if k not in options}
+        elif name not in FREE_SETTINGS:
+            named[_option(name)] = value
+    return named
+
+
+def _option(setting: str) -> str:
+    return "--" + setting.replace("_", "-")
 
 
 def newest_best(runs: Path = Path("runs")) -> Path:

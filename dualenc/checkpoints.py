@@ -1,0 +1,107 @@
+"""Checkpoint files: plain values and tensors, read without executing anything in them.
+
+What a file claims (names, shapes, sizes) is checked before memory is taken for it.
+"""
+
+import os
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dualenc import InputError, replacing
+
+FORMAT = "dualenc 1"  # raise the number when older readers would misread a checkpoint
+
+
+def write_tensors(values: dict, path: str | os.PathLike) -> None:
+    """Write plain values and tensors to a file that torch.load reads without unpickling code."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(values, file)
+        except RuntimeError as error:
+            # A full disk is named in the error behind torch's own.
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
+
+def read_tensors(path: str | os.PathLike) -> dict:
+    """What write_tensors wrote, memory-mapped: memory is taken only for what is read of it.
+
+    Raises:
+        InputError: the file is missing, damaged, or holds anything but plain values and tensors.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such checkpoint file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type for entry in archive.infolist()):
+                raise ValueError("compressed: what it takes in memory is not known")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch.load raises whatever its parsers meet
+        raise InputError(f"{path}: is damaged or not a checkpoint; nothing was loaded") from error
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict:
+    """The dictionary in a checkpoint of this program, on the CPU, without unpickling code.
+
+    Raises:
+        InputError: the file is missing, damaged, of another program, or of a newer version.
+    """
+    checkpoint = read_tensors(path)
+    found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
+    if found == FORMAT:
+        _check_weights(checkpoint.get("model"), path)
+        return checkpoint
+    if isinstance(found, str) and found.startswith(FORMAT.split()[0]):
+        raise InputError(f"{path}: has the format {found!r}, not {FORMAT!r}; update this program")
+    raise InputError(f"{path}: is not a checkpoint of this program")
+
+
+def _check_weights(weights, path: str | os.PathLike) -> None:
+    """A dictionary of plain tensors that are no larger than the file.
+
+    A tensor may be a view that repeats a few stored numbers without end.
+    """
+    tensors = list(weights.values()) if isinstance(weights, dict) else [None]
+    if not all(isinstance(t, Tensor) and t.layout == torch.strided for t in tensors):
+        raise InputError(f"{path}: is not a complete checkpoint: it holds no weights")
+    if sum(tensor.nbytes for tensor in tensors) > Path(path).stat().st_size:
+        raise InputError(f"{path}: is damaged: its weights claim more than the file holds")
+
+
+def check_shapes(weights: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
+    """See that weights are there, in the shapes expected.
+
+    Raises:
+        ValueError: names the first that is not.
+    """
+    for name, shape in shapes.items():
+        found = tuple(weights[name].shape) if name in weights else "nowhere"
+        if found != shape:
+            raise ValueError(f"{name} has shape {found}, not {shape}")
+
+
+def load_strictly(module: nn.Module, weights: dict[str, Tensor], source) -> None:
+    """Load finite weights whose names and shapes are exactly the module's.
+
+    Raises:
+        InputError: names the first few that are not.
+    """
+    own = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    theirs = {name: tuple(value.shape) for name, value in weights.items()}
+    faults = [f"lacks {name}" for name in own if name not in theirs]
+    faults += [f"has {name}, which is unknown" for name in theirs if name not in own]
+    faults += [
+        f"{name} has shape {theirs[name]}, not {own[name]}"
+        for name in own
+        if name in theirs and own[name] != theirs[name]
+    ]
+    faults += [
+        f"{name} holds values that are not finite numbers"
+        for name, value in weights.items()
+        if not (value.is_floating_point() and value.isfinite().all())
+    ]
+    if faults:
+        raise InputError.of(f"{source}: its weights do not fit", faults)
+    module.load_state_dict(weights)
