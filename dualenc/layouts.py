@@ -6,6 +6,7 @@ What is read here is files' names and csv rows; no sound is opened.
 import csv
 import dataclasses
 import hashlib
+import json
 import os
 import string
 from collections.abc import Sequence
@@ -68,6 +69,12 @@ class Split:
     def clip_of_caption(self) -> list[int]:
         """For each of captions, the index of its clip."""
         return [i for i, clip in enumerate(self.clips) for _ in clip.captions]
+
+    @property
+    def digest(self) -> str:
+        """Of the clips' names and captions: equal where they are."""
+        clips = [[clip.name, clip.captions] for clip in self.clips]
+        return hashlib.sha256(json.dumps([self.name, clips]).encode()).hexdigest()[:16]
 
     @property
     def file_stem(self) -> str:

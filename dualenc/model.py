@@ -56,6 +56,9 @@ EMBED_SEGMENTS = 16  # at a time without gradients: enough to fill a CPU, little
 EMBED_CAPTIONS = 64
 
 
+PRESET_NAMES = ("report", "tiny")
+
+
 @dataclasses.dataclass(frozen=True)
 class DualEncoderConfig:
     """Every size of the model; the defaults are the report's. Stored in the checkpoint.
@@ -91,6 +94,8 @@ class DualEncoderConfig:
                 raise TypeError(f"{field.name} is a {type(value).__name__}")
             if kind is int and value < 1:
                 raise ValueError(f"{field.name} is {value}")
+        if self.preset not in PRESET_NAMES:
+            raise ValueError("its preset is unknown")
         for pair in (self.patch, self.patchout):
             if len(pair) != 2 or not all(isinstance(n, int) and n >= 0 for n in pair):
                 raise ValueError("patch and patchout are not pairs of sizes")
@@ -308,8 +313,8 @@ class DualEncoder(nn.Module):
             InputError: the file is missing, damaged, or not a checkpoint of this program.
         """
         checkpoint = read_checkpoint(path)
+        config, trained_on = read_header(checkpoint, path)
         try:
-            config = DualEncoderConfig(**checkpoint["config"])
             if tokenizer is None:
                 own = parse_tokenizer(checkpoint["tokenizer"])
             else:
@@ -321,10 +326,10 @@ class DualEncoder(nn.Module):
                 raise ValueError("it claims more layers than it has weights")
             check_shapes(checkpoint["model"], config.telling_shapes())
             model = cls(config, own)
-            model.trained_on = list(checkpoint["trained_on"])
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: is not a complete checkpoint ({error})") from error
         load_strictly(model, checkpoint["model"], path)
+        model.trained_on = trained_on
         return model.to(device).eval()
 
 
@@ -338,6 +343,24 @@ def _scale_to_width(tower: nn.Module, ratio: float) -> None:
         for parameter in tower.parameters():
             if parameter.ndim >= 2:
                 parameter.mul_(ratio**0.5)
+
+
+def read_header(
+    checkpoint: dict, path: str | os.PathLike
+) -> tuple[DualEncoderConfig, list[str]]:
+    """What a checkpoint says of its model, and the splits that its weights have seen.
+
+    Raises:
+        InputError: it does not say, or no model is like that.
+    """
+    try:
+        config = DualEncoderConfig(**checkpoint["config"])
+        trained_on = list(checkpoint["trained_on"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: is not a complete checkpoint ({error})") from error
+    if not all(isinstance(name, str) for name in trained_on):
+        raise InputError(f"{path}: is not a complete checkpoint (trained_on holds no names)")
+    return config, trained_on
 
 
 def _with_sizes_of(config: DualEncoderConfig, roberta: RobertaConfig) -> DualEncoderConfig:

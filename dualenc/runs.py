@@ -22,6 +22,22 @@ FREE_SETTINGS = frozenset({
 })
 
 
+def check_folder(folder: Path) -> None:
+    """See, before long work, that a run can be written to a folder.
+
+    Raises:
+        InputError: it is a file, holds something else, or may not be written to.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {folder}: is a file, not a folder")
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise InputError(f"--out {folder}: {there} cannot be written to; name another folder")
+    if folder.exists() and not (folder / "log.jsonl").exists():
+        if any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise InputError(f"--out {folder}: holds other files than a run's; name another folder")
+
+
 class Run:
     """A run folder.
 
@@ -39,12 +55,9 @@ class Run:
         self.last, self.best = folder / "last.pt", folder / "best.pt"
         # As JSON reads them back: tuples are lists, paths are strings.
         self.settings = json.loads(json.dumps(settings, default=str))
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"--out {folder}: is a file, not a folder")
+        check_folder(folder)
         if self.log_path.exists():
             self._refuse_changes()
-        elif folder.exists() and any(p for p in folder.iterdir() if not p.name.startswith(".")):
-            raise InputError(f"--out {folder}: holds other files than a run's; name another folder")
         else:
             with replacing(self.log_path) as temporary:
                 temporary.write_text(json.dumps(self.settings) + "\n")
@@ -57,7 +70,7 @@ class Run:
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise InputError(f"--out {self.folder}: its log.jsonl is not a run's log") from error
         changes = [
-            f"{name}: was {old.get(name)}, now {new.get(name)}"
+            f"{name}: was {_shown(old.get(name))}, now {_shown(new.get(name))}"
             for name in dict.fromkeys([*old, *new])
             if old.get(name) != new.get(name)
         ]
@@ -124,6 +137,10 @@ def _named(settings: dict) -> dict:
 
 def _option(setting: str) -> str:
     return "--" + setting.replace("_", "-")
+
+
+def _shown(value) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)  # tau is kept in float32
 
 
 def newest_best(runs: Path = Path("runs")) -> Path:
