@@ -303,11 +303,17 @@ def published_passt() -> dict[str, Tensor]:
         InputError: they cannot be fetched; says the two ways out.
     """
     url = passt.default_cfgs[PASST_NAME]["url"]
+    folder = f"{torch.hub.get_dir()}/checkpoints"
     try:
         weights = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(
             f"PaSST's weights cannot be fetched from {url} ({error}): copy the file into "
-            f"{torch.hub.get_dir()}/checkpoints, or go on without with --init random"
+            f"{folder}, or go on without with --init random"
+        ) from error
+    except Exception as error:  # torch.load raises whatever its parsers meet
+        raise InputError(
+            f"{folder}/{url.rpartition('/')[2]}: is damaged or not PaSST's weights; remove it, "
+            "and it is fetched again"
         ) from error
     return {name: value for name, value in weights.items() if name not in CLASSIFIER_KEYS}

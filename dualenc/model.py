@@ -274,12 +274,14 @@ class DualEncoder(nn.Module):
             config = _with_sizes_of(config, published_roberta_config(text_model))
         else:
             tokenizer = train_tokenizer(captions, config.vocabulary)
+        if init == "pretrained":  # fetched, or the end, before the work of making a model
+            passt, roberta = published_passt(), published_roberta(text_model)
         model = cls(config, tokenizer)
         _scale_to_width(model.audio, PRESETS["report"].audio_width / config.audio_width)
         _scale_to_width(model.text, PRESETS["report"].text_width / config.text_width)
         if init == "pretrained":
-            load_strictly(model.audio.passt, published_passt(), "the published PaSST")
-            load_strictly(model.text.roberta, published_roberta(text_model), text_model)
+            load_strictly(model.audio.passt, passt, "the published PaSST")
+            load_strictly(model.text.roberta, roberta, text_model)
         return model
 
     def checkpoint(self) -> dict:

@@ -67,6 +67,7 @@ class Run:
             with open(self.log_path, encoding="utf-8") as file:
                 old = json.loads(file.readline())
             old, new = _named(old), _named(self.settings)
+            other_preset = old["--preset"] != new["--preset"]
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise InputError(f"--out {self.folder}: its log.jsonl is not a run's log") from error
         changes = [
@@ -74,7 +75,7 @@ class Run:
             for name in dict.fromkeys([*old, *new])
             if old.get(name) != new.get(name)
         ]
-        if old["--preset"] != new["--preset"]:  # the sizes follow from it
+        if other_preset:  # the sizes follow from it
             changes = [change for change in changes if not change.startswith("the model's")]
         if changes:
             raise InputError.of(

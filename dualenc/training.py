@@ -6,6 +6,7 @@ Shapes: B pairs of the whole batch, over all processes; D embedding values.
 """
 
 import contextlib
+import copy
 import dataclasses
 import math
 import signal
@@ -242,7 +243,8 @@ class Trainer:
         load_strictly(self.model, state["model"], self.run.last)
         try:
             self._check_moments(state["optimizer"]["state"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            # A copy, or the moments would stay where the file is mapped.
+            self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.best = int(state["step"]), float(state["best"])
             self.losses = Losses(state["losses"])

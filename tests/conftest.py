@@ -64,7 +64,7 @@ def command(miniature, tmp_path, monkeypatch, capfd):
     def call(script, *arguments):
         device = ["--device", "cpu", "--precision", "fp32"]
         data = ["--data-dir", miniature, "--cache-dir", tmp_path / "cache"]
-        argv = [f"{script.__name__}.py", *arguments, *data, *device]
+        argv = [f"{script.__name__}.py", *data, *device, *arguments]
         monkeypatch.setattr(sys, "argv", [str(a) for a in argv])
         with pytest.raises(SystemExit) as ended:
             run(script.main)

@@ -13,7 +13,6 @@ from dualenc import InputError
 from dualenc.model import DualEncoder
 from dualenc.training import Losses
 
-
 TINY = ["--preset", "tiny", "--batch-size", 16, "--workers", 0]
 
 
