@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from dualenc import InputError, run
-from dualenc.checkpoints import read_checkpoint, read_tensors, write_tensors
+from dualenc.checkpoints import check_tensors, read_checkpoint, read_tensors, write_tensors
 from dualenc.data import AudioCache, PairBatches
 from dualenc.layouts import Split
 from dualenc.losses import contrastive_loss, distillation_loss
@@ -118,13 +118,14 @@ def read_embeddings(stored: Path, sizes: list[int]) -> tuple[torch.Tensor, torch
         InputError: the file is damaged or holds something else.
     """
     embeddings = read_tensors(stored)
+    check_tensors(embeddings, stored)
     try:
         audio, text = embeddings["audio"], embeddings["text"]
-        right = [len(audio), len(text)] == sizes and audio.shape[1:] == text.shape[1:]
-        right &= audio.dtype == text.dtype == torch.float32 and audio.ndim == 2
+        right = audio.dtype == text.dtype == torch.float32 and audio.ndim == text.ndim == 2
+        right = right and [len(audio), len(text)] == sizes and audio.shape[1] == text.shape[1]
         if not (right and audio.isfinite().all() and text.isfinite().all()):
             raise ValueError
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, ValueError) as error:
         raise InputError(f"{stored}: is damaged; remove it, and it is made anew") from error
     return audio, text
 

@@ -306,6 +306,8 @@ def published_passt() -> dict[str, Tensor]:
     folder = f"{torch.hub.get_dir()}/checkpoints"
     try:
         weights = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+        if not all(isinstance(value, Tensor) for value in weights.values()):
+            raise TypeError
     except OSError as error:
         raise InputError(
             f"PaSST's weights cannot be fetched from {url} ({error}): copy the file into "

@@ -51,23 +51,26 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     checkpoint = read_tensors(path)
     found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
     if found == FORMAT:
-        _check_weights(checkpoint.get("model"), path)
+        check_tensors(checkpoint.get("model"), path)
         return checkpoint
     if isinstance(found, str) and found.startswith(FORMAT.split()[0]):
         raise InputError(f"{path}: has the format {found!r}, not {FORMAT!r}; update this program")
     raise InputError(f"{path}: is not a checkpoint of this program")
 
 
-def _check_weights(weights, path: str | os.PathLike) -> None:
-    """A dictionary of plain tensors that are no larger than the file.
+def check_tensors(values, path: str | os.PathLike) -> None:
+    """See that values from a file are a dictionary of plain tensors, no larger than the file.
 
     A tensor may be a view that repeats a few stored numbers without end.
+
+    Raises:
+        InputError: says what they are instead.
     """
-    tensors = list(weights.values()) if isinstance(weights, dict) else [None]
+    tensors = list(values.values()) if isinstance(values, dict) else [None]
     if not all(isinstance(t, Tensor) and t.layout == torch.strided for t in tensors):
-        raise InputError(f"{path}: is not a complete checkpoint: it holds no weights")
+        raise InputError(f"{path}: is damaged or not complete: it holds other things than tensors")
     if sum(tensor.nbytes for tensor in tensors) > Path(path).stat().st_size:
-        raise InputError(f"{path}: is damaged: its weights claim more than the file holds")
+        raise InputError(f"{path}: is damaged: its tensors claim more than the file holds")
 
 
 def check_shapes(weights: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:

@@ -346,7 +346,7 @@ class Trainer:
     def _say_if_tau_is_bound(self, bar: tqdm) -> None:
         """Tell, once, that the temperature wants to be where it may not."""
         tau = self.losses.fetch()[-1].get("tau")
-        at = [bound for bound in TAU_BOUNDS if tau is not None and math.isclose(tau, bound)]
+        at = [bound for bound in TAU_BOUNDS if tau is not None and math.isclose(tau, bound, rel_tol=1e-6)]
         if at and self.processes.first and not self.tau_was_bound:
             bar.write(f"step {self.step}: tau has reached its bound {at[0]:g} and is held there")
         self.tau_was_bound = self.tau_was_bound or bool(at)

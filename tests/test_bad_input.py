@@ -451,7 +451,7 @@ BAD_CHECKPOINTS = {
     "a bare tensor": (lambda path: torch.save(torch.zeros(3), path), "is not a checkpoint of this"),
     "newer": (newer, "has the format 'dualenc 999', not 'dualenc 1'; update this program"),
     "without config": (without("config"), "is not a complete checkpoint ('config')"),
-    "without weights": (without("model"), "is not a complete checkpoint"),
+    "without weights": (without("model"), "it holds other things than tensors"),
     "without trained_on": (without("trained_on"), "is not a complete checkpoint ('trained_on')"),
     "a folder": (lambda path: (path.unlink(), path.mkdir()), "checkpoint"),
 }
