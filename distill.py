@@ -7,17 +7,16 @@ the first teacher and learns from both losses, on Clotho alone (section 3).
 """
 
 import hashlib
-import json
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from dualenc import InputError, replacing, run
+from dualenc import InputError, run
+from dualenc.checkpoints import check_tensors, read_tensors, write_tensors
 from dualenc.data import AudioCache, PairBatches
 from dualenc.layouts import Split
 from dualenc.losses import contrastive_loss, distillation_loss
-from dualenc.model import DualEncoder, read_checkpoint
+from dualenc.model import DualEncoder, trained_on
 from dualenc.options import (
     Parser,
     add_data_options,
@@ -33,10 +32,12 @@ from dualenc.stages import (
     announce,
     finish,
     initial_model,
+    initial_preset,
     open_caches,
     open_run,
     place,
     read_splits,
+    run_folder,
 )
 from dualenc.training import Options, Trainer
 
@@ -67,6 +68,8 @@ def parse_arguments():
     add_device_options(parser)
     args = parser.parse_args()
     _check_teachers(args.teachers)
+    if args.contrastive_weight == args.distillation_weight == 0:
+        raise InputError("--contrastive-weight 0 --distillation-weight 0: nothing to learn from")
     args.init = args.init or str(args.teachers[0])
     return args
 
@@ -81,18 +84,17 @@ def _check_teachers(paths: list[Path]) -> None:
 
 def teacher_embeddings(
     path: Path,
+    stored: Path,
     train: list[tuple[Split, AudioCache]],
-    folder: Path,
     args,
     processes: Processes,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One teacher's embeddings of all training clips (N, D_m) and captions (P, D_m).
 
-    They are kept in a folder beside the run, and used again where the same teacher meets the same
-    clips and captions.
+    Args:
+        stored: where they are kept, and used again where the same teacher meets the same data.
     """
-    key = _key(path, args.tokenizer, [split for split, _ in train])
-    stored = folder / f"{key}.npz"
+    sizes = [sum(len(split.clips) for split, _ in train), sum(len(s.captions) for s, _ in train)]
     if processes.highest(not stored.exists()):  # all embed, or all read
         teacher = place(DualEncoder.load(path, tokenizer=args.tokenizer), args, processes)
         parts = [
@@ -101,21 +103,35 @@ def teacher_embeddings(
         ]
         audio, text = (torch.cat(side) for side in zip(*parts, strict=True))
         if processes.first:
-            with replacing(stored) as temporary, open(temporary, "wb") as file:
-                np.savez(file, audio=audio.numpy(), text=text.numpy())
+            write_tensors({"audio": audio, "text": text}, stored)
         return audio, text
-    with np.load(stored, allow_pickle=False) as arrays:
-        return torch.from_numpy(arrays["audio"]), torch.from_numpy(arrays["text"])
+    return read_embeddings(stored, sizes)
 
 
-def _key(path: Path, tokenizer: str | None, splits: list[Split]) -> str:
+def read_embeddings(stored: Path, sizes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A teacher's embeddings of so many clips and captions, from the file that keeps them.
+
+    Raises:
+        InputError: the file is damaged or holds something else.
+    """
+    embeddings = read_tensors(stored)
+    check_tensors(embeddings, stored)
+    try:
+        audio, text = embeddings["audio"], embeddings["text"]
+        right = audio.dtype == text.dtype == torch.float32 and audio.ndim == text.ndim == 2
+        right = right and [len(audio), len(text)] == sizes and audio.shape[1] == text.shape[1]
+        if not (right and audio.isfinite().all() and text.isfinite().all()):
+            raise ValueError
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{stored}: is damaged; remove it, and it is made anew") from error
+    return audio, text
+
+
+def embeddings_key(path: Path, tokenizer: str | None, splits: list[Split]) -> str:
     """Of the teacher's bytes and of the clips and captions: equal where embeddings are."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
-    digest.update(str(tokenizer).encode())
-    for split in splits:
-        clips = [[clip.name, clip.captions] for clip in split.clips]
-        digest.update(json.dumps([split.name, clips]).encode())
+    digest.update("".join([str(tokenizer), *(split.digest for split in splits)]).encode())
     return digest.hexdigest()[:16]
 
 
@@ -135,32 +151,36 @@ def distillation(teachers: list[tuple[torch.Tensor, torch.Tensor]], weights: tup
 
 def main() -> int:
     args = parse_arguments()
+    preset = initial_preset(args.init, "report")
+    options = training_options(args, Options(), preset)
+    out = run_folder("distill", args, preset, options)
     processes = Processes.start(args.device)
+    seen = {name for path in args.teachers for name in trained_on(path)}
     splits, held_out = read_splits(args)
     with processes.first_goes_first():  # it may download
         model = initial_model(args.init, "report", None, [], args.seed or 0, args.tokenizer)
     model.set_temperature(args.tau, args.learn_tau)
-    seen = {name for path in args.teachers for name in read_checkpoint(path)["trained_on"]}
     model.trained_on = sorted(seen | {*model.trained_on, *(split.name for split in splits)})
-    options = training_options(args, Options(), model.config.preset)
 
     model = place(model, args, processes)
-    weights = args.contrastive_weight, args.distillation_weight
+    keys = [embeddings_key(path, args.tokenizer, splits) for path in args.teachers]
     folder = open_run(
-        "distill", args, model, splits, options, processes,
-        teachers=[str(path) for path in args.teachers], loss_weights=weights,
+        out, "distill", args, model, [*splits, held_out], options, processes,
+        teachers=[[str(path), key] for path, key in zip(args.teachers, keys, strict=True)],
+        contrastive_weight=args.contrastive_weight, distillation_weight=args.distillation_weight,
     )
     *caches, held_out_cache = open_caches([*splits, held_out], args, processes)
     pairs = list(zip(splits, caches, strict=True))
     teachers = [
-        teacher_embeddings(path, pairs, folder.folder.parent / "teachers", args, processes)
-        for path in args.teachers
+        teacher_embeddings(path, out.parent / "teachers" / f"{key}.pt", pairs, args, processes)
+        for path, key in zip(args.teachers, keys, strict=True)
     ]
 
     batches = PairBatches(
         pairs, model.tokenizer, options.batch_size, options.captions_per_clip, options.seed,
         (processes.rank, processes.world),
     )
+    weights = args.contrastive_weight, args.distillation_weight
     trainer = Trainer(model, distillation(teachers, weights), folder, options, processes)
     announce(trainer, batches, [*pairs, (held_out, held_out_cache)])
     ended_by = trainer.fit(batches, validation(held_out, held_out_cache, processes))

@@ -15,7 +15,7 @@ from pathlib import Path
 from dualenc import InputError, replacing, run
 from dualenc.evaluation import Evaluation, evaluate, joined, read_annotations
 from dualenc.layouts import ANNOTATIONS, Split
-from dualenc.model import DualEncoder, read_checkpoint
+from dualenc.model import DualEncoder, trained_on
 from dualenc.options import Parser, add_data_options, add_device_options, add_tokenizer_option
 from dualenc.processes import Processes, embed_split
 from dualenc.runs import best_of, newest_best
@@ -71,7 +71,7 @@ def chosen_models(args) -> list[list[Path]]:
 
 def refuse_seen(models: list[list[Path]], split: Split, allowed: bool) -> list[bool]:
     """Whether each model has seen the split in training; unless that is allowed, refuse it."""
-    seen = {p: split.name in read_checkpoint(p)["trained_on"] for model in models for p in model}
+    seen = {p: split.name in trained_on(p) for model in models for p in model}
     faults = [f"{path} was trained on {split.name}" for path in seen if seen[path] and not allowed]
     if faults:
         raise InputError.of(

@@ -23,10 +23,12 @@ from dualenc.stages import (
     announce,
     finish,
     initial_model,
+    initial_preset,
     open_caches,
     open_run,
     place,
     read_splits,
+    run_folder,
 )
 from dualenc.training import Options, Trainer
 
@@ -53,6 +55,9 @@ def loss_of(audio, text, batch, tau):
 
 def main() -> int:
     args = parse_arguments()
+    preset = initial_preset(args.init, args.preset)
+    options = training_options(args, Options(), preset)
+    out = run_folder("train", args, preset, options)
     processes = Processes.start(args.device)
     splits, held_out = read_splits(args)
     captions = [caption for split in splits for caption in split.captions]
@@ -62,10 +67,8 @@ def main() -> int:
         )
     model.set_temperature(args.tau, args.learn_tau)
     model.trained_on = sorted({*model.trained_on, *(split.name for split in splits)})
-    options = training_options(args, Options(), model.config.preset)
-
     model = place(model, args, processes)
-    folder = open_run("train", args, model, splits, options, processes)
+    folder = open_run(out, "train", args, model, [*splits, held_out], options, processes)
     *caches, held_out_cache = open_caches([*splits, held_out], args, processes)
     pairs = list(zip(splits, caches, strict=True))
     batches = PairBatches(

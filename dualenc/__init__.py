@@ -4,6 +4,7 @@ Here stands what every module shares: one error, one way out of a command, one w
 """
 
 import contextlib
+import glob
 import os
 import sys
 import time
@@ -15,7 +16,13 @@ GRACE_SECONDS = 3  # torchrun needs a tenth of one to see that a process has fai
 
 
 class InputError(ValueError):
-    """Bad input: its text names the file, row or option and says what to do."""
+    """Bad input: its text names the file, row or option and says what to do.
+
+    Each argument is one line of it, whatever the file names in it hold.
+    """
+
+    def __init__(self, *lines: str):
+        super().__init__("\n  ".join(map(_printable, lines)))
 
     @classmethod
     def of(cls, headline: str, faults: Sequence[str]) -> "InputError":
@@ -25,11 +32,17 @@ class InputError(ValueError):
         lines = [f"{headline} ({len(faults)}):", *faults[:MAX_LISTED_FAULTS]]
         if len(faults) > MAX_LISTED_FAULTS:
             lines.append(f"and {len(faults) - MAX_LISTED_FAULTS} more")
-        return cls("\n  ".join(lines))
+        return cls(*lines)
+
+
+def _printable(text: str) -> str:
+    """Line breaks, terminal controls and bytes that are not UTF-8 are written as escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def run(main: Callable[[], int | None]) -> None:
     """Run a command: bad input and Ctrl-C end it with a line instead of a traceback."""
+    name = Path(sys.argv[0]).name
     # A file name that is not valid UTF-8 must not stop the message that names it.
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
@@ -37,7 +50,7 @@ def run(main: Callable[[], int | None]) -> None:
         with _one_voice():
             sys.exit(main())
     except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         if _is_first():
@@ -46,6 +59,11 @@ def run(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:  # permissions, file systems: what it says is all there is to know
+        if error.filename is None:
+            raise
+        print(f"{name}: {InputError(f'{error.filename}: {error.strerror}')}", file=sys.stderr)
+        sys.exit(2)
 
 
 @contextlib.contextmanager
@@ -83,6 +101,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_unfinished(path)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -93,3 +112,11 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def _remove_unfinished(path: Path) -> None:
+    """Remove what processes left that were killed while they wrote this file."""
+    for unfinished in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        writer = unfinished.name.split(".")[-2]
+        if writer.isdecimal() and not Path("/proc", writer).exists():
+            unfinished.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ Shapes: n samples, S segments, F = 1000 frames, W = 768 values (PaSST's width).
 import functools
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +39,9 @@ MEL_CHUNK = {"cpu": 1, "cuda": 64}  # segments at a time: a CPU's caches hold th
 READ_SECONDS = 30  # decoded at a time, so that an hour-long file needs no more memory
 CONTEXT_SECONDS = 1  # on both sides of what is resampled; the filter reaches a few milliseconds
 RATE_STEP = 25  # Hz: the resampler's filter bank grows as the rates' common divisor shrinks
+RATES = (1_000, 768_000)  # Hz: beyond them a header is wrong, and would ask for endless memory
+MAX_LEVEL = 1_000  # times full scale: beyond it a float file was never scaled
+UNKNOWN_BYTES = 0x7FFFF000  # from here on a header that was written before its sound: no promise
 
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif"})
 
@@ -56,7 +60,8 @@ def decode(path: str | Path, max_samples: int | None = None) -> np.ndarray:
         (n,) float32, n >= 1.
 
     Raises:
-        InputError: the file is missing, unreadable, empty, or holds values that are not finite.
+        InputError: the file is missing, unreadable, empty, shorter than its header says, or holds
+            values that are not finite.
     """
     parts, total = [], 0
     for block in decode_blocks(path):
@@ -73,29 +78,53 @@ def decode_blocks(path: str | Path) -> Iterator[np.ndarray]:
     The blocks joined are what resampling the whole file at once would give.
     """
     try:
+        if not Path(path).is_file():  # to open a pipe would be to wait for it
+            raise FileNotFoundError
         # As bytes: a name that is not valid UTF-8 is a file's name, too.
         with soundfile.SoundFile(os.fsencode(path)) as file:
-            if file.frames == 0:
-                raise InputError(f"{path}: holds no samples; replace or remove it")
+            _check_header(file)
             for block in _resampled_blocks(file):
-                if not np.isfinite(block).all():
-                    raise InputError(f"{path}: holds NaN or infinite samples; replace or remove it")
+                if not np.abs(block).max() <= MAX_LEVEL:  # NaN is not, either
+                    raise ValueError("holds NaN, infinite or unscaled samples")
                 yield block
-    except (soundfile.LibsndfileError, OSError) as error:
+            if file.tell() < file.frames:
+                raise ValueError(f"ends after {file.tell()} of {file.frames} samples")
+    except (soundfile.LibsndfileError, OSError, ValueError, TypeError) as error:
         raise InputError(f"{path}: {unreadable(path, error)}; replace or remove it") from error
+
+
+def _check_header(file: soundfile.SoundFile) -> None:
+    """What the header says is held against the file before memory is taken for it.
+
+    Raises:
+        ValueError: says what is wrong.
+    """
+    # libsndfile notes, and passes over, that a wav or aiff promises more bytes than it has.
+    sizes = r"(?:data|SSND) *: (\d+) \(should be (\d+)\)"
+    for promised, there in re.findall(sizes, file.extra_info):
+        if int(there) < int(promised) < UNKNOWN_BYTES:
+            raise ValueError(f"is cut off: it says {promised} bytes and has {there}")
+    if file.frames == 0:
+        raise ValueError("holds no samples")
+    if not RATES[0] <= file.samplerate <= RATES[1]:
+        raise ValueError(f"has {file.samplerate} samples a second, not {RATES[0]} to {RATES[1]}")
 
 
 def unreadable(path: str | Path, error: Exception) -> str:
     """Why a sound file cannot be read, what is plain to see before what the decoder says."""
     path = Path(path)
-    if path.is_dir():
-        return "is a folder, not a sound file"
     try:
+        if path.is_dir():
+            return "is a folder, not a sound file"
+        if path.exists() and not path.is_file():
+            return "is a device or pipe, not a sound file"
         with open(path, "rb") as file:
             if not file.read(1):
                 return "is empty"
     except OSError as os_error:
         return os_error.strerror
+    if type(error) is ValueError:
+        return str(error)
     return f"cannot be decoded ({getattr(error, 'error_string', error)})"
 
 
@@ -274,11 +303,19 @@ def published_passt() -> dict[str, Tensor]:
         InputError: they cannot be fetched; says the two ways out.
     """
     url = passt.default_cfgs[PASST_NAME]["url"]
+    folder = f"{torch.hub.get_dir()}/checkpoints"
     try:
         weights = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+        if not all(isinstance(value, Tensor) for value in weights.values()):
+            raise TypeError
     except OSError as error:
         raise InputError(
             f"PaSST's weights cannot be fetched from {url} ({error}): copy the file into "
-            f"{torch.hub.get_dir()}/checkpoints, or go on without with --init random"
+            f"{folder}, or go on without with --init random"
+        ) from error
+    except Exception as error:  # torch.load raises whatever its parsers meet
+        raise InputError(
+            f"{folder}/{url.rpartition('/')[2]}: is damaged or not PaSST's weights; remove it, "
+            "and it is fetched again"
         ) from error
     return {name: value for name, value in weights.items() if name not in CLASSIFIER_KEYS}

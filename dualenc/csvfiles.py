@@ -4,31 +4,29 @@ A file of its own, since splits, annotations and queries are all read with it.
 """
 
 import csv
+import string
 from collections.abc import Sequence
 from pathlib import Path
 
 from dualenc import InputError
 
+BLANK = string.whitespace + string.punctuation  # nothing of it is left when captions are normalised
+
 
 def read_header(table: Path) -> list[str]:
     """The names in a csv file's first line."""
-    with open(table, encoding="utf-8-sig", newline="") as file:
-        return next(csv.reader(file), [])
+    header, _ = _read_rows(table)
+    return header
 
 
 def read_csv(table: Path, columns: Sequence[str]) -> list[list[str]]:
     """The named columns of a csv file, row by row; other columns are passed over.
 
     Raises:
-        InputError: the file is not UTF-8, lacks a column, or rows are short or hold empty values.
+        InputError: the file is not UTF-8, lacks a column, or rows are short or hold values without
+            a letter or digit.
     """
-    try:
-        with open(table, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
-            header = next(reader, [])
-            rows = [(reader.line_num, row) for row in reader if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{table}: cannot be read as a UTF-8 csv file ({error})") from error
+    header, rows = _read_rows(table)
     wrong = [name for name in columns if header.count(name) != 1]
     if wrong:
         raise InputError(
@@ -38,7 +36,7 @@ def read_csv(table: Path, columns: Sequence[str]) -> list[list[str]]:
         raise InputError(f"{table}: holds no rows")
     places = [header.index(name) for name in columns]
     faults = [
-        f"line {line} has an empty {columns[i]}" if len(row) == len(header)
+        f"line {line} has no word in {columns[i]}" if len(row) == len(header)
         else f"line {line} has {len(row)} fields instead of {len(header)}"
         for line, row in rows
         for i in [_first_empty(row, places, len(header))]
@@ -49,8 +47,19 @@ def read_csv(table: Path, columns: Sequence[str]) -> list[list[str]]:
     return [[row[place] for place in places] for _, row in rows]
 
 
+def _read_rows(table: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """A csv file's header, and its rows with the number of the line that each ends in."""
+    try:
+        with open(table, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)  # else an open quote swallows what follows
+            header = next(reader, [])
+            return header, [(reader.line_num, row) for row in reader if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{table}: cannot be read as a UTF-8 csv file ({error})") from error
+
+
 def _first_empty(row: list[str], places: list[int], width: int) -> int | None:
-    """The first wanted column without a value in this row, if any."""
+    """The first wanted column without a word in this row, if any."""
     if len(row) != width:
         return 0
-    return next((i for i, place in enumerate(places) if not row[place].strip()), None)
+    return next((i for i, place in enumerate(places) if not row[place].strip(BLANK)), None)

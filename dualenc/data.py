@@ -10,6 +10,8 @@ part of a batch, B pairs of the whole batch, L tokens.
 import contextlib
 import ctypes
 import dataclasses
+import glob
+import hashlib
 import json
 import multiprocessing
 import os
@@ -24,11 +26,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dualenc import InputError, replacing, run
-from dualenc.audio import SAMPLE_RATE, SEGMENT_SAMPLES, crop, cut, decode, to_int16
+from dualenc.audio import SAMPLE_RATE, SEGMENT_SAMPLES, crop, cut, decode_blocks, to_int16
 from dualenc.layouts import Split
 from dualenc.text import tokenize
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
+MAX_INDEX_BYTES = 2**28  # over a million clips; json takes some ten times the memory
 MIN_PROGRESS_CLIPS = 50  # fewer are decoded before a progress bar would be read
 NO_SEGMENTS = np.zeros((0, SEGMENT_SAMPLES), np.int16)  # of a process that has no pairs to embed
 
@@ -39,9 +42,9 @@ NO_SEGMENTS = np.zeros((0, SEGMENT_SAMPLES), np.int16)  # of a process that has 
 class AudioCache(Sequence):
     """The decoded sounds of one split: item i is clip i, (n,) int16 at 32 kHz, memory-mapped.
 
-    On disk: one file of samples, and an index (json) that names it and holds, clip by clip, the
-    sound file's name, size, modification time and number of samples. The index is written last, so
-    that what it names is complete.
+    On disk: an index (json) that holds, clip by clip, the sound file's name, size, modification
+    time and number of samples; and one file of samples, whose name is a digest of the former three.
+    The index is written last, so that the samples it speaks of are complete.
     """
 
     def __init__(self, samples_path: Path, lengths: Sequence[int]):
@@ -72,16 +75,16 @@ def open_cache(split: Split, folder: Path, processes: int | None = None) -> Audi
     """
     stamps = _stamps(split)
     index_path = folder / f"{split.file_stem}.json"
+    samples_path = _samples_path(index_path, stamps)
     old = _read_index(index_path)
-    if old is not None and [row[:3] for row in old["files"]] == stamps:
-        return AudioCache(folder / old["samples"], [row[3] for row in old["files"]])
+    if old is not None and [row[:3] for row in old] == stamps:
+        return AudioCache(samples_path, [row[3] for row in old])
 
-    # Another name than the old one's: who has that one open goes on reading it.
-    samples_path = folder / f"{split.file_stem}.{os.urandom(4).hex()}.int16"
     lengths, faults = [], []
     with replacing(samples_path) as temporary:
-        with open(temporary, "wb") as file, _decoded(split, stamps, old, folder, processes) as it:
-            for waveform in it:
+        decoding = _decoded(split, stamps, old, index_path, processes)
+        with open(temporary, "wb") as file, decoding as waveforms:
+            for waveform in waveforms:
                 if isinstance(waveform, str):
                     faults.append(waveform)
                 else:
@@ -91,10 +94,9 @@ def open_cache(split: Split, folder: Path, processes: int | None = None) -> Audi
             raise InputError.of(f"{split.name}: sound files that cannot be used", faults)
     files = [[*stamp, length] for stamp, length in zip(stamps, lengths, strict=True)]
     with replacing(index_path) as temporary:
-        index = {"format": CACHE_FORMAT, "samples": samples_path.name, "files": files}
-        temporary.write_text(json.dumps(index))
-    for stale in folder.glob(f"{split.file_stem}.*.int16"):
-        if stale != samples_path:
+        temporary.write_text(json.dumps({"format": CACHE_FORMAT, "files": files}))
+    for stale in folder.glob(f"{glob.escape(split.file_stem)}.*.int16"):
+        if stale != samples_path:  # who has it open goes on reading it
             stale.unlink(missing_ok=True)
     return AudioCache(samples_path, lengths)
 
@@ -108,26 +110,42 @@ def _stamps(split: Split) -> list[list]:
     ]
 
 
-def _read_index(path: Path) -> dict | None:
-    """The index of a complete cache; None where there is none or an earlier version wrote it."""
+def _samples_path(index_path: Path, stamps: list[list]) -> Path:
+    digest = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:16]
+    return index_path.with_suffix(f".{digest}.int16")
+
+
+def _read_index(path: Path) -> list[list] | None:
+    """The rows of a complete cache's index: [name, bytes, nanoseconds, samples].
+
+    None where there is none, or another version or something else wrote it: it is made anew.
+    """
     try:
+        if path.stat().st_size > MAX_INDEX_BYTES:
+            return None
         index = json.loads(path.read_text())
-        total = 2 * sum(row[3] for row in index["files"])  # bytes
-        complete = (path.parent / index["samples"]).stat().st_size == total
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        rows = index["files"]
+        total = 2 * sum(samples for *_, samples in rows)  # bytes
+        complete = _samples_path(path, [row[:3] for row in rows]).stat().st_size == total
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return index if complete and index["format"] == CACHE_FORMAT else None
+    right = all(
+        len(row) == 4 and isinstance(row[0], str) and type(row[3]) is int and row[3] > 0
+        for row in rows
+    )
+    return rows if right and complete and index["format"] == CACHE_FORMAT else None
 
 
 @contextlib.contextmanager
 def _decoded(
-    split: Split, stamps: list, old: dict | None, folder: Path, processes: int | None
+    split: Split, stamps: list, old: list | None, index_path: Path, processes: int | None
 ) -> Iterator[Iterator[np.ndarray | str]]:
     """Each clip in turn, (n,) int16 or why it cannot be used; unchanged ones from the old cache."""
     known: dict[str, tuple[list, int]] = {}
     if old is not None:
-        cache = AudioCache(folder / old["samples"], [row[3] for row in old["files"]])
-        known = {row[0]: (row[:3], i) for i, row in enumerate(old["files"])}
+        samples_path = _samples_path(index_path, [row[:3] for row in old])
+        cache = AudioCache(samples_path, [row[3] for row in old])
+        known = {row[0]: (row[:3], i) for i, row in enumerate(old)}
     reusable = [known[s[0]][1] if known.get(s[0], (0,))[0] == s else None for s in stamps]
     paths = [c.path for c, place in zip(split.clips, reusable, strict=True) if place is None]
     workers = max(1, min(processes or os.cpu_count() or 1, len(paths)))
@@ -150,7 +168,7 @@ def _prepare_worker() -> None:
 
 def _decode(path: Path) -> np.ndarray | str:
     try:
-        return to_int16(decode(path))
+        return np.concatenate([to_int16(block) for block in decode_blocks(path)])
     except InputError as error:
         return str(error)
 

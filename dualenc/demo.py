@@ -69,7 +69,7 @@ def run_all(jobs: dict[str, str]) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": threads}
     waiting, running = list(jobs.items()), {}
     for _, command in waiting:
-        print(f"$ python {command}")
+        print(f"$ python {command}", flush=True)
     with tqdm(total=len(jobs), unit="run", leave=False) as bar:
         while waiting or running:
             while waiting and len(running) < AT_ONCE:

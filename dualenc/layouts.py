@@ -5,6 +5,8 @@ What is read here is files' names and csv rows; no sound is opened.
 
 import dataclasses
 import hashlib
+import json
+import os
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -72,10 +74,16 @@ class Split:
         return [i for i, clip in enumerate(self.clips) for _ in clip.captions]
 
     @property
+    def digest(self) -> str:
+        """Of the clips' names and captions: equal where they are."""
+        clips = [[clip.name, clip.captions] for clip in self.clips]
+        return hashlib.sha256(json.dumps([self.name, clips]).encode()).hexdigest()[:16]
+
+    @property
     def file_stem(self) -> str:
         """A file name for what is derived from this split; no two splits share it."""
         if self.layout == "folder":
-            digest = hashlib.sha256(self.name.encode()).hexdigest()[:8]
+            digest = hashlib.sha256(os.fsencode(self.name)).hexdigest()[:8]
             return f"folder-{Path(self.name).name}-{digest}"
         return self.name.replace("/", "-")
 
@@ -258,7 +266,8 @@ def _existing(
         raise InputError.of(str(table), faults)
     clips, missing = [], []
     for name, captions in rows:
-        if (folder / name).is_file():
+        # What is there and is no file is found out, with all other faults, when it is decoded.
+        if os.path.exists(folder / name):
             clips.append(Clip(name, folder / name, tuple(captions)))
         else:
             missing.append(name)

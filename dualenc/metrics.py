@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from dualenc import InputError
+
 MAP_CUTOFFS = (10, 16)
 RECALL_CUTOFFS = (1, 5, 10)
 METRICS = tuple(f"mAP@{k}" for k in MAP_CUTOFFS) + tuple(f"R@{k}" for k in RECALL_CUTOFFS)
@@ -39,8 +41,13 @@ def ranks(text: Tensor, audio: Tensor, relevant: Sequence[Sequence[int]]) -> lis
     """For each query the ranks (from 1, ascending) of its relevant candidates.
 
     Of equal similarities the candidate with the lower index ranks first.
+
+    Raises:
+        InputError: an embedding is not finite; as nothing is above NaN, it would always rank first.
     """
     text, audio = text.float(), audio.float()
+    if not (text.isfinite().all() and audio.isfinite().all()):
+        raise InputError("embeddings are not finite numbers: the model has diverged or is damaged")
     if not all(len(set(found)) == len(found) > 0 for found in relevant):
         raise ValueError("every query needs at least one relevant candidate, each once")
     counts = torch.tensor([len(found) for found in relevant])

@@ -10,9 +10,9 @@ that it loads with no other file and no network.
 
 import contextlib
 import dataclasses
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -21,18 +21,26 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import RobertaConfig
 
-from dualenc import InputError, replacing
+from dualenc import InputError
 from dualenc.audio import (
     CLIP_SAMPLES,
     INT16_SCALE,
+    MAX_LEVEL,
     AudioTower,
     crop,
     cut,
     decode,
     published_passt,
 )
-from dualenc.baseline import converted, inert_classes, is_baseline, official_name
+from dualenc.checkpoints import (
+    FORMAT,
+    check_shapes,
+    load_strictly,
+    read_checkpoint,
+    write_tensors,
+)
 from dualenc.text import (
+    MAX_TOKENS,
     PAD_ID,
     TextTower,
     load_tokenizer,
@@ -43,15 +51,21 @@ from dualenc.text import (
     train_tokenizer,
 )
 
-FORMAT = "dualenc 1"  # raise the number when older readers would misread a checkpoint
 TAU_BOUNDS = (0.005, 1.0)  # of a learnable temperature: beyond them the loss over- or underflows
 EMBED_CLIPS = 8  # at a time without gradients: enough to fill a CPU, little memory on a GPU
 EMBED_CAPTIONS = 64
 
 
+PRESET_NAMES = ("report", "tiny")
+
+
 @dataclasses.dataclass(frozen=True)
 class DualEncoderConfig:
-    """Every size of the model; the defaults are the report's. Stored in the checkpoint."""
+    """Every size of the model; the defaults are the report's. Stored in the checkpoint.
+
+    Raises:
+        TypeError, ValueError: a value is of another kind than its default, or no model has it.
+    """
 
     preset: str = "report"  # whose training defaults suit the model
     # PaSST, passt_s_p16_s16_128_ap468: 8 x 62 patches of a 10 s segment
@@ -72,6 +86,43 @@ class DualEncoderConfig:
     embedding: int = 1024
     tau: float = 0.05
     learn_tau: bool = False
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), type(field.default)
+            if not isinstance(value, int | float if kind is float else kind):
+                raise TypeError(f"{field.name} is a {type(value).__name__}")
+            if kind is int and value < 1:
+                raise ValueError(f"{field.name} is {value}")
+        if self.preset not in PRESET_NAMES:
+            raise ValueError("its preset is unknown")
+        for pair in (self.patch, self.patchout):
+            if len(pair) != 2 or not all(isinstance(n, int) and n >= 0 for n in pair):
+                raise ValueError("patch and patchout are not pairs of sizes")
+        if self.audio_width % self.audio_heads or self.text_width % self.text_heads:
+            raise ValueError("the heads do not divide the width")
+        if self.text_positions < PAD_ID + 1 + MAX_TOKENS:
+            raise ValueError(f"text_positions {self.text_positions} are too few for a caption")
+        if not 0 < self.tau < math.inf:
+            raise ValueError(f"tau is {self.tau}")
+
+    def telling_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the weights that tell every size on which the others depend, by name."""
+        audio, text = self.audio_width, self.text_width
+        shapes = {
+            "audio.passt.patch_embed.proj.weight": (audio, 1, *self.patch),
+            "audio_projection.weight": (self.embedding, audio),
+            "text.roberta.embeddings.word_embeddings.weight": (self.vocabulary, text),
+            "text.roberta.embeddings.position_embeddings.weight": (self.text_positions, text),
+            "text_projection.weight": (self.embedding, text),
+        }
+        for i in range(self.audio_depth):
+            shapes[f"audio.passt.blocks.{i}.mlp.fc1.weight"] = (4 * audio, audio)
+        for i in range(self.text_depth):
+            layer = f"text.roberta.encoder.layer.{i}"
+            shapes[f"{layer}.attention.self.query.weight"] = (text, text)
+            shapes[f"{layer}.intermediate.dense.weight"] = (self.text_hidden, text)
+        return shapes
 
 
 PRESETS = {
@@ -238,12 +289,14 @@ class DualEncoder(nn.Module):
             config = _with_sizes_of(config, published_roberta_config(text_model))
         else:
             tokenizer = train_tokenizer(captions, config.vocabulary)
+        if init == "pretrained":  # fetched, or the end, before the work of making a model
+            passt, roberta = published_passt(), published_roberta(text_model)
         model = cls(config, tokenizer)
         _scale_to_width(model.audio, PRESETS["report"].audio_width / config.audio_width)
         _scale_to_width(model.text, PRESETS["report"].text_width / config.text_width)
         if init == "pretrained":
-            _load_strictly(model.audio.passt, published_passt(), "the published PaSST")
-            _load_strictly(model.text.roberta, published_roberta(text_model), text_model)
+            load_strictly(model.audio.passt, passt, "the published PaSST")
+            load_strictly(model.text.roberta, roberta, text_model)
         return model
 
     def checkpoint(self) -> dict:
@@ -257,8 +310,7 @@ class DualEncoder(nn.Module):
         }
 
     def save(self, path: str | os.PathLike) -> None:
-        with replacing(path) as temporary:
-            torch.save(self.checkpoint(), temporary)
+        write_tensors(self.checkpoint(), path)
 
     @classmethod
     def load(
@@ -279,44 +331,25 @@ class DualEncoder(nn.Module):
             InputError: the file is missing, damaged, or neither of the two.
         """
         checkpoint = read_checkpoint(path)
+        config, trained_on = read_header(checkpoint, path)
         try:
-            config = DualEncoderConfig(**checkpoint["config"])
             if tokenizer is None and checkpoint["tokenizer"] is not None:
                 own = parse_tokenizer(checkpoint["tokenizer"])
             else:
                 own = load_tokenizer(tokenizer or "roberta-large")
-            if own.get_vocab_size() > config.vocabulary:
+            if max(own.get_vocab().values()) >= config.vocabulary:
                 raise ValueError(f"its tokenizer has more than {config.vocabulary} tokens")
+            # Held against the weights before memory is taken for a model of these sizes.
+            if max(config.audio_depth, config.text_depth) > len(checkpoint["model"]):
+                raise ValueError("it claims more layers than it has weights")
+            called = checkpoint.get("called", str)
+            check_shapes(checkpoint["model"], config.telling_shapes(), called)
             model = cls(config, own)
-            model.trained_on = list(checkpoint["trained_on"])
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: is not a complete checkpoint ({error})") from error
-        _load_strictly(model, checkpoint["model"], path, checkpoint.get("called", str))
+        load_strictly(model, checkpoint["model"], path, called)
+        model.trained_on = trained_on
         return model.to(device).eval()
-
-
-def read_checkpoint(path: str | os.PathLike) -> dict:
-    """The dictionary in a checkpoint of this program, on the CPU, without unpickling code.
-
-    The official baseline's file is given the same form; `called` then tells its weights' names.
-
-    Raises:
-        InputError: the file is missing, damaged, of another program, or of a newer version.
-    """
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such checkpoint file")
-    try:
-        with inert_classes(path):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch.load raises whatever its parsers meet
-        raise InputError(f"{path}: is damaged or not a checkpoint; nothing was loaded") from error
-    if is_baseline(checkpoint):
-        own = converted(checkpoint, path)
-        return {"format": FORMAT, "tokenizer": None, "called": official_name, **own}
-    found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
-    if found != FORMAT:
-        raise InputError(f"{path}: is not a checkpoint that this version reads ({found!r})")
-    return checkpoint
 
 
 def _scale_to_width(tower: nn.Module, ratio: float) -> None:
@@ -336,6 +369,29 @@ def by_length(captions: Sequence[str]) -> list[int]:
     return sorted(range(len(captions)), key=lambda i: len(captions[i]))
 
 
+def read_header(
+    checkpoint: dict, path: str | os.PathLike
+) -> tuple[DualEncoderConfig, list[str]]:
+    """What a checkpoint says of its model, and the splits that its weights have seen.
+
+    Raises:
+        InputError: it does not say, or no model is like that.
+    """
+    try:
+        config = DualEncoderConfig(**checkpoint["config"])
+        trained_on = list(checkpoint["trained_on"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: is not a complete checkpoint ({error})") from error
+    if not all(isinstance(name, str) for name in trained_on):
+        raise InputError(f"{path}: is not a complete checkpoint (trained_on holds no names)")
+    return config, trained_on
+
+
+def trained_on(path: str | os.PathLike) -> list[str]:
+    """The splits that a checkpoint's weights have seen, without loading them."""
+    return read_header(read_checkpoint(path), path)[1]
+
+
 def _with_sizes_of(config: DualEncoderConfig, roberta: RobertaConfig) -> DualEncoderConfig:
     return dataclasses.replace(
         config,
@@ -348,31 +404,6 @@ def _with_sizes_of(config: DualEncoderConfig, roberta: RobertaConfig) -> DualEnc
     )
 
 
-def _load_strictly(
-    module: nn.Module, weights: dict[str, Tensor], source, called: Callable[[str], str] = str
-) -> None:
-    """Load weights whose names and shapes are exactly the module's.
-
-    Args:
-        called: from the module's name of a weight to the source's.
-
-    Raises:
-        InputError: names the first few that are not.
-    """
-    own = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    theirs = {name: tuple(value.shape) for name, value in weights.items()}
-    faults = [f"lacks {called(name)}" for name in own if name not in theirs]
-    faults += [f"has {called(name)}, which is unknown" for name in theirs if name not in own]
-    faults += [
-        f"{called(name)} has shape {theirs[name]}, not {own[name]}"
-        for name in own
-        if name in theirs and own[name] != theirs[name]
-    ]
-    if faults:
-        raise InputError.of(f"{source}: its weights do not fit", faults)
-    module.load_state_dict(weights)
-
-
 def _waveform(sound: str | os.PathLike | np.ndarray | Tensor) -> np.ndarray:
     """A sound as embed_audio takes it -> its first 30 s, (n,) float32."""
     if isinstance(sound, str | os.PathLike):
@@ -383,6 +414,8 @@ def _waveform(sound: str | os.PathLike | np.ndarray | Tensor) -> np.ndarray:
     waveform = crop(waveform)
     if waveform.dtype == np.int16:
         return waveform.astype(np.float32) / INT16_SCALE
+    if waveform.dtype.kind != "f" or not np.abs(waveform).max() <= MAX_LEVEL:  # NaN is not, either
+        raise InputError(f"a waveform of {waveform.dtype}: int16, or finite floats in -1..1 needed")
     return waveform.astype(np.float32)
 
 

@@ -13,6 +13,10 @@ from dualenc.training import Options
 PRESET_DEFAULTS = {"report": {}, "tiny": {"max_lr": 1e-3, "min_lr": 1e-6}}
 
 
+MOST_WORKERS = 256
+MOST = 1e9  # of any number: what is above it is a slip, and so is infinity
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, and whose help names the defaults."""
 
@@ -27,12 +31,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(
-    kind: type, least: float, most: float = float("inf"), above: bool = False
+    kind: type, least: float, most: float = MOST, above: bool = False
 ) -> Callable[[str], float]:
     """An argparse type: an int or float from least (or above it) to most."""
-    bounds = f"{'above' if above else 'at least'} {least:g}"
-    if most < float("inf"):
-        bounds += f" and at most {most:g}"
+    bounds = f"{'above' if above else 'at least'} {least:g} and at most {most:g}"
 
     def parse(text: str):
         try:
@@ -103,7 +105,8 @@ def add_training_options(parser: Parser, defaults: Options) -> None:
     add("log_every", number(int, 1), "steps between two lines of the log")
     add("checkpoint_every", number(int, 1), "steps between two writes of last.pt within an epoch; "
         "it is written after every epoch anyway")
-    add("workers", number(int, 0), "processes that prepare batches, for each that trains")
+    add("workers", number(int, 0, MOST_WORKERS), "processes that prepare batches, for each that "
+        "trains")
 
 
 def _adder(group, defaults: Options) -> Callable:

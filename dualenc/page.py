@@ -109,7 +109,7 @@ def runs_behind(checkpoint: Path) -> list[Path]:
     if not (folder / "log.jsonl").is_file():
         return []
     teachers = figures.read_log(folder).settings.get("teachers", [])
-    folders = dict.fromkeys([folder, *(Path(teacher).parent for teacher in teachers)])
+    folders = dict.fromkeys([folder, *(Path(path).parent for path, _ in teachers)])
     return [folder for folder in folders if (folder / "log.jsonl").is_file()]
 
 

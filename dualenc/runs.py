@@ -11,19 +11,34 @@ left alone.
 
 import glob
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from dualenc import InputError, replacing
-from dualenc.model import read_checkpoint
+from dualenc.checkpoints import read_checkpoint, write_tensors
 
 # Settings that may differ between a run and its resumption: they do not change the mathematics.
 FREE_SETTINGS = frozenset({
     "out", "data_dir", "cache_dir", "teacher_cache", "device", "workers", "epochs", "max_steps",
     "checkpoint_every", "micro_batch", "compile",
 })
+
+
+def check_folder(folder: Path) -> None:
+    """See, before long work, that a run can be written to a folder.
+
+    Raises:
+        InputError: it is a file, holds something else, or may not be written to.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {folder}: is a file, not a folder")
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise InputError(f"--out {folder}: {there} cannot be written to; name another folder")
+    if folder.exists() and not (folder / "log.jsonl").exists():
+        if any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise InputError(f"--out {folder}: holds other files than a run's; name another folder")
 
 
 class Run:
@@ -48,31 +63,30 @@ class Run:
             self._open()
 
     def _open(self) -> None:
-        folder = self.folder
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"--out {folder}: is a file, not a folder")
+        check_folder(self.folder)
         if self.log_path.exists():
             self._refuse_changes()
-        elif folder.exists() and any(p for p in folder.iterdir() if not p.name.startswith(".")):
-            raise InputError(f"--out {folder}: holds other files than a run's; name another folder")
         else:
             with replacing(self.log_path) as temporary:
                 temporary.write_text(json.dumps(self.settings) + "\n")
-        for unfinished in folder.glob(".*.tmp"):  # of a process killed while it wrote
+        for unfinished in self.folder.glob(".*.tmp"):  # of a process killed while it wrote
             unfinished.unlink(missing_ok=True)
 
     def _refuse_changes(self) -> None:
         try:
             with open(self.log_path, encoding="utf-8") as file:
                 old = json.loads(file.readline())
-            names = dict.fromkeys([*old, *self.settings])
-        except (ValueError, TypeError) as error:
+            old, new = _named(old), _named(self.settings)
+            other_preset = old["--preset"] != new["--preset"]
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise InputError(f"--out {self.folder}: its log.jsonl is not a run's log") from error
         changes = [
-            f"--{name.replace('_', '-')}: was {old.get(name)}, now {self.settings.get(name)}"
-            for name in names
-            if name not in FREE_SETTINGS and old.get(name) != self.settings.get(name)
+            f"{name}: was {_shown(old.get(name))}, now {_shown(new.get(name))}"
+            for name in dict.fromkeys([*old, *new])
+            if old.get(name) != new.get(name)
         ]
+        if other_preset:  # the sizes follow from it
+            changes = [change for change in changes if not change.startswith("the model's")]
         if changes:
             raise InputError.of(
                 f"{self.folder} holds a run with other settings; give its settings, or another "
@@ -85,8 +99,13 @@ class Run:
         state, log_bytes = None, None
         if self.last.exists():
             checkpoint = read_checkpoint(self.last)
+            missing = {"training", "model", "log_bytes"} - checkpoint.keys()
+            if missing:
+                raise InputError(f"{self.last}: is no run's state: it has no {min(missing)}")
             state = checkpoint["training"] | {"model": checkpoint["model"]}
             log_bytes = checkpoint["log_bytes"]
+            if self.log_path.stat().st_size < log_bytes:
+                raise InputError(f"{self.log_path}: is shorter than when {self.last} was written")
         if self.writes:
             with open(self.log_path, "rb+") as file:
                 file.truncate(len(file.readline()) if log_bytes is None else log_bytes)
@@ -96,24 +115,47 @@ class Run:
         """Write last.pt: a model's checkpoint, the training state, and the log's length."""
         if not self.writes:
             return
-        state = model_checkpoint | {
-            "training": training,
-            "log_bytes": self.log_path.stat().st_size,
-        }
-        with replacing(self.last) as temporary:
-            torch.save(state, temporary)
+        with open(self.log_path, "rb") as file:
+            os.fsync(file.fileno())  # what last.pt speaks of must be on the disk before it
+            log_bytes = file.seek(0, os.SEEK_END)
+        state = model_checkpoint | {"training": training, "log_bytes": log_bytes}
+        write_tensors(state, self.last)
 
     def save_best(self, model_checkpoint: dict, metrics: dict[str, float], epoch: int) -> None:
-        if not self.writes:
-            return
-        with replacing(self.best) as temporary:
-            torch.save(model_checkpoint | {"validation": metrics, "epoch": epoch}, temporary)
+        if self.writes:
+            write_tensors(model_checkpoint | {"validation": metrics, "epoch": epoch}, self.best)
 
     def log(self, **values) -> None:
         if not self.writes:
             return
-        with open(self.log_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        try:
+            with open(self.log_path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:  # a disk that is full does not name the file
+            raise InputError(f"{self.log_path}: cannot be written ({error.strerror})") from error
+
+
+def _named(settings: dict) -> dict:
+    """Each setting by the name that a user knows it by."""
+    named = {}
+    for name, value in settings.items():
+        if name == "data":
+            named |= {f"clips, captions and digest of {split}": v for split, v in value.items()}
+        elif name == "model":
+            options = {key: value[key] for key in ("preset", "tau", "learn_tau")}
+            named |= {_option(key): v for key, v in options.items()}
+            named |= {f"the model's {k}": v for k, v in value.items() if k not in options}
+        elif name not in FREE_SETTINGS:
+            named[_option(name)] = value
+    return named
+
+
+def _option(setting: str) -> str:
+    return "--" + setting.replace("_", "-")
+
+
+def _shown(value) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)  # tau is kept in float32
 
 
 def newest_best(runs: Path = Path("runs")) -> Path:

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 
 from dualenc import InputError
+from dualenc.checkpoints import read_checkpoint
 from dualenc.data import AudioCache, PairBatches, open_cache
 from dualenc.layouts import Split, hold_out, read_split, training_splits
-from dualenc.model import DualEncoder
+from dualenc.model import DualEncoder, read_header
 from dualenc.processes import Processes
-from dualenc.runs import Run
+from dualenc.runs import Run, check_folder
 from dualenc.training import SELECTION_METRIC, Options, Trainer, choose_precision
 
 NAMED_DATASETS = ("clotho", "audiocaps")
@@ -27,12 +28,27 @@ def read_splits(args: argparse.Namespace) -> tuple[list[Split], Split]:
     folder's clips; --validation names another data set.
     """
     splits = [s for name in args.datasets for s in training_splits(name, args.data_dir)]
+    names = [split.name for split in splits]
+    if len(set(names)) < len(names):
+        raise InputError(f"--datasets {' '.join(args.datasets)}: names the same data twice")
     if args.validation:
-        return splits, read_split(args.validation, "val", args.data_dir)
+        held_out = read_split(args.validation, "val", args.data_dir)
+        if held_out.name in names:
+            raise InputError(f"--validation {args.validation}: {held_out.name} is trained on")
+        return splits, held_out
     if any(name in NAMED_DATASETS for name in args.datasets):
         return splits, read_split("clotho", "val", args.data_dir)
     splits[0], held = hold_out(splits[0])
     return splits, held
+
+
+def initial_preset(init: str, preset: str) -> str:
+    """The preset whose training defaults suit the model: a checkpoint's own, where one is given."""
+    if init in ("pretrained", "random"):
+        return preset
+    if not Path(init).is_file():
+        raise InputError(f"--init {init}: is neither pretrained, random, nor a checkpoint file")
+    return read_header(read_checkpoint(init), init)[0].preset
 
 
 def initial_model(
@@ -45,8 +61,6 @@ def initial_model(
         if tokenizer:
             raise InputError("--tokenizer goes with --init CHECKPOINT; else see --text-model")
         return DualEncoder.create(preset, init, captions, text_model)
-    if not Path(init).is_file():
-        raise InputError(f"--init {init}: is neither pretrained, random, nor a checkpoint file")
     if text_model:
         raise InputError("--text-model goes with --init pretrained or random, not a checkpoint")
     return DualEncoder.load(init, tokenizer=tokenizer)
@@ -92,7 +106,21 @@ def precision_name(precision: torch.dtype | None) -> str:
     return {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[precision]
 
 
+def run_folder(stage: str, args: argparse.Namespace, preset: str, options: Options) -> Path:
+    """Where the run is to be written; without --out the same command finds its run again.
+
+    Raises:
+        InputError: it cannot be written there.
+    """
+    parts = [stage, *(Path(name).resolve().name for name in args.datasets)]
+    parts += [preset] if preset != "report" else []
+    folder = args.out or Path("runs") / "-".join([*parts, f"seed{options.seed}"])
+    check_folder(folder)
+    return folder
+
+
 def open_run(
+    folder: Path,
     stage: str,
     args: argparse.Namespace,
     model: DualEncoder,
@@ -101,13 +129,16 @@ def open_run(
     processes: Processes,
     **more,
 ) -> Run:
-    """The run's folder, new or to be resumed; every setting becomes the first line of its log."""
-    folder = args.out or Path("runs") / default_name(stage, args, model, options)
-    data = {split.name: [len(split.clips), len(split.captions)] for split in splits}
+    """A new run, or one to be resumed; every setting becomes the first line of its log.
+
+    Args:
+        splits: trained on, and last the one that validates.
+    """
     settings = {
         "stage": stage,
         "datasets": args.datasets,
-        "data": data,
+        "validation": args.validation,
+        "data": {s.name: [len(s.clips), len(s.captions), s.digest] for s in splits},
         "init": args.init,
         "model": dataclasses.asdict(model.config),
         "precision": precision_name(model.precision),
@@ -115,15 +146,6 @@ def open_run(
         **more,
     }
     return Run(folder, settings, writes=processes.first)
-
-
-def default_name(
-    stage: str, args: argparse.Namespace, model: DualEncoder, options: Options
-) -> str:
-    """A run's name where --out is not given: the same command finds its run again."""
-    parts = [stage, *(Path(name).resolve().name for name in args.datasets)]
-    parts += [model.config.preset] if model.config.preset != "report" else []
-    return "-".join([*parts, f"seed{options.seed}"])
 
 
 def place(model: DualEncoder, args: argparse.Namespace, processes: Processes) -> DualEncoder:

@@ -132,7 +132,8 @@ def _from_hub(kind: type, source: str | os.PathLike, **options):
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        return kind.from_pretrained(str(source), **options)
+        # Code that a folder or a model at the hub brings along is neither run nor asked about.
+        return kind.from_pretrained(str(source), trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(

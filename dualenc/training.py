@@ -4,6 +4,7 @@ schedule -> precision -> loop. A script hands in the loss; a step's gradient is 
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import math
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dualenc import InputError
+from dualenc.checkpoints import check_shapes, load_strictly
 from dualenc.data import Batch, PairBatches
 from dualenc.figures import write_curves
 from dualenc.model import TAU_BOUNDS, DualEncoder
@@ -26,6 +28,9 @@ from dualenc.runs import Run
 from dualenc.step import Loss, step_gradients
 
 Validate = Callable[[DualEncoder], dict[str, float]]
+STOPPED = (
+    "stopped, and last.pt is as it was (a lower --max-lr or --precision fp32 may help)"
+)
 SELECTION_METRIC = "mAP@10"  # best.pt is the epoch with the highest on the validation split
 
 
@@ -127,10 +132,7 @@ class Losses:
         for step, losses in self.pending:
             values = {name: value.item() for name, value in losses.items()}
             if not math.isfinite(values["loss"]):
-                raise InputError(
-                    f"step {step}: the loss is {values['loss']}; stopped, and last.pt is as it was "
-                    "(a lower --max-lr or --precision fp32 may help)"
-                )
+                raise InputError(f"step {step}: the loss is {values['loss']}; {STOPPED}")
             self.fetched.append(values)
         self.pending = []
         return self.fetched
@@ -156,17 +158,14 @@ class Trainer:
         fp16 = model.precision == torch.float16
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=fp16)
         self.step, self.best = 0, -1.0
+        self.tau_was_bound = False
         self.losses = Losses([])
         self._resume()
 
     def _resume(self) -> None:
         state = self.run.load_state()
         if state is not None:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
-            self.step, self.best = state["step"], state["best"]
-            self.losses = Losses(state["losses"])
+            self._take(state)
         if not self.processes.agree(self.run.settings, self.step, self.model.tokenizer.to_str()):
             raise InputError(
                 f"{self.run.folder}: the processes differ in their settings or find another "
@@ -174,8 +173,29 @@ class Trainer:
             )
         self.processes.copy_from_first(self.model)
 
+    def _take(self, state: dict) -> None:
+        load_strictly(self.model, state["model"], self.run.last)
+        try:
+            self._check_moments(state["optimizer"]["state"])
+            # A copy, or the moments would stay where the file is mapped.
+            self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+            self.scaler.load_state_dict(state["scaler"])
+            self.step, self.best = int(state["step"]), float(state["best"])
+            self.losses = Losses(state["losses"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{self.run.last}: is not this run's state ({error})") from error
+
+    def _check_moments(self, state: dict[int, dict[str, Tensor]]) -> None:
+        """See that AdamW's moments have their parameters' shapes, before they are copied."""
+        parameters = self.optimizer.param_groups[0]["params"]
+        for i, moments in state.items():
+            check_shapes(
+                moments, dict.fromkeys(("exp_avg", "exp_avg_sq"), tuple(parameters[i].shape))
+            )
+
     def save(self) -> None:
-        """Write last.pt; a loss that is not finite is found before it could be saved."""
+        """Write last.pt; weights and losses that are not finite are found before it."""
+        self._refuse_divergence()
         state = {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -184,6 +204,18 @@ class Trainer:
             "losses": self.losses.fetch(),
         }
         self.run.save_state(self.model.checkpoint(), state)
+
+    def _refuse_divergence(self) -> None:
+        """Weights may hold NaN after a step whose loss was still finite.
+
+        Raises:
+            InputError: says so, before a checkpoint of them replaces a good one.
+        """
+        self.losses.fetch()
+        if not all(weights.isfinite().all() for weights in self.model.parameters()):
+            raise InputError(
+                f"step {self.step - 1}: it left weights that are not finite numbers; {STOPPED}"
+            )
 
     def fit(self, batches: PairBatches, validate: Validate) -> signal.Signals | None:
         """Train to the last epoch or step; returns the signal that ended it before, if any."""
@@ -239,16 +271,27 @@ class Trainer:
         in_epoch = len(self.losses.fetch())
         losses = self.losses.mean((in_epoch - 1) % self.options.log_every + 1)
         bar.set_postfix(loss=f"{losses['loss']:.3f}", lr=f"{rate:.1e}", refresh=False)
+        self._say_if_tau_is_bound(bar)
         epoch = (self.step - 1) // per_epoch + 1
         self.run.log(step=self.step, epoch=epoch, lr=rate, **losses)
 
+    def _say_if_tau_is_bound(self, bar: tqdm) -> None:
+        """Tell, once, that the temperature wants to be where it may not."""
+        tau = self.losses.fetch()[-1].get("tau")
+        at = [b for b in TAU_BOUNDS if tau is not None and math.isclose(tau, b, rel_tol=1e-6)]
+        if at and self.processes.first and not self.tau_was_bound:
+            bar.write(f"step {self.step}: tau has reached its bound {at[0]:g} and is held there")
+        self.tau_was_bound = self.tau_was_bound or bool(at)
+
     def _end_epoch(self, bar: tqdm, validate: Validate, per_epoch: int) -> None:
+        self._refuse_divergence()
         epoch = -(-self.step // per_epoch)
         metrics, losses = validate(self.model), self.losses.mean()
         self.losses = Losses([])
         is_best = metrics[SELECTION_METRIC] > self.best
         self.best = max(self.best, metrics[SELECTION_METRIC])
-        bar.set_description(f"epoch {min(epoch + 1, self.options.epochs)}/{self.options.epochs}")
+        last = self.options.epochs
+        bar.set_description_str(f"epoch {min(epoch + 1, last)}/{last}")
         if self.processes.first:
             bar.write(
                 f"epoch {epoch:2}: loss {losses['loss']:.3f}, validation {SELECTION_METRIC} "

@@ -1,6 +1,7 @@
 """Small data and models that several test files share."""
 
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tiny models gain nothing from more, and c
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # data workers fork
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched while testing
 
+from dualenc import run  # noqa: E402
 from dualenc.miniature import write_miniature  # noqa: E402
 from dualenc.model import DualEncoder  # noqa: E402
 
@@ -52,3 +54,21 @@ def write_sound(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def command(miniature, tmp_path, monkeypatch, capfd):
+    """A function that runs a script's main as its command would; returns (status, output)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(script, *arguments):
+        device = ["--device", "cpu", "--precision", "fp32"]
+        data = ["--data-dir", miniature, "--cache-dir", tmp_path / "cache"]
+        argv = [f"{script.__name__}.py", *data, *device, *arguments]
+        monkeypatch.setattr(sys, "argv", [str(a) for a in argv])
+        with pytest.raises(SystemExit) as ended:
+            run(script.main)
+        printed = capfd.readouterr()
+        return ended.value.code or 0, printed.out + printed.err
+
+    return call

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dualenc import InputError, data
-from dualenc.audio import decode, to_int16
+from dualenc.audio import decode, decode_blocks, to_int16
 from dualenc.data import PairBatches, open_cache
 from dualenc.layouts import hold_out, read_split, training_splits
 
@@ -125,12 +125,12 @@ def test_the_cache_is_built_once_and_again_only_for_changed_files(clotho, tmp_pa
     first = sorted(path.name for path in folder.iterdir())
     decoded = tmp_path / "decoded.txt"
 
-    def counting(path, most=None):
+    def counting(path):
         with open(decoded, "a") as file:  # workers are other processes
             file.write(f"{path.name}\n")
-        return decode(path, most)
+        return decode_blocks(path)
 
-    monkeypatch.setattr(data, "decode", counting)
+    monkeypatch.setattr(data, "decode_blocks", counting)
     open_cache(clotho, folder)
     assert not decoded.exists() and sorted(p.name for p in folder.iterdir()) == first
 

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import sys
 
 import pytest
 import torch
@@ -10,28 +9,9 @@ import torch
 import distill
 import evaluate
 import train
-from dualenc import InputError, run
+from dualenc import InputError
 from dualenc.model import DualEncoder
 from dualenc.training import Losses
-
-
-@pytest.fixture
-def command(miniature, tmp_path, monkeypatch, capfd):
-    """A function that runs a script's main as its command would; returns (status, output)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(script, *arguments):
-        device = ["--device", "cpu", "--precision", "fp32"]
-        data = ["--data-dir", miniature, "--cache-dir", tmp_path / "cache"]
-        argv = [f"{script.__name__}.py", *arguments, *data, *device]
-        monkeypatch.setattr(sys, "argv", [str(a) for a in argv])
-        with pytest.raises(SystemExit) as ended:
-            run(script.main)
-        printed = capfd.readouterr()
-        return ended.value.code or 0, printed.out + printed.err
-
-    return call
-
 
 TINY = ["--preset", "tiny", "--batch-size", 16, "--workers", 0]
 
@@ -56,7 +36,7 @@ def test_train_distill_evaluate(command, tmp_path):
     for words in ("towers in fp32", "10 clips, 50 captions", "4 an epoch, 2 epochs", "a/best.pt"):
         assert words in printed
     first, *lines = log_lines(tmp_path / "a")
-    assert first["batch_size"] == 16 and first["data"] == {"clotho/development": [10, 50]}
+    assert first["batch_size"] == 16 and first["data"]["clotho/development"][:2] == [10, 50]
     assert [line["step"] for line in lines] == [2, 4, 4, 6, 8, 8]
     assert [line["validation"]["mAP@10"] for line in lines if "validation" in line]
     assert DualEncoder.load("a/best.pt").trained_on == ["clotho/development"]
