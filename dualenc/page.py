@@ -13,7 +13,7 @@ import torch
 
 from dualenc import figures, run
 from dualenc.audio import MAX_SEGMENTS, SEGMENT_SECONDS
-from dualenc.document import Sounds, write_document
+from dualenc.document import Players, write_document
 from dualenc.evaluation import TEXT_TO_AUDIO, Evaluation
 from dualenc.metrics import METRICS
 from dualenc.options import Parser
@@ -41,7 +41,7 @@ def write_evaluation(path: Path, evaluation: Evaluation, runs: Sequence[Path] = 
         path: where the page is to lie.
         runs: folders of the runs whose learning curves are shown.
     """
-    split, sounds = evaluation.split, Sounds(path)
+    split, players = evaluation.split, Players(path)
     queries = Queries(evaluation)
     title = f"{evaluation.name}{seen_mark(evaluation)} on {split.name}"
     body = "\n".join([
@@ -53,9 +53,9 @@ def write_evaluation(path: Path, evaluation: Evaluation, runs: Sequence[Path] = 
         "<h2>Learning curves</h2>", _curves(runs),
         "<h2>Where the right clip ranks</h2>", queries.figures(),
         "<h2>Similarities</h2>", _similarities(evaluation),
-        '<h2 id="listen">Queries to listen to</h2>', queries.section(sounds),
+        '<h2 id="listen">Queries to listen to</h2>', queries.section(players),
     ])
-    write_document(path, title, body, sounds)
+    write_document(path, title, body, players)
 
 
 def _results(evaluation: Evaluation) -> str:
@@ -81,8 +81,9 @@ def _table(title: str, lines: Sequence[Line], columns: Sequence[str]) -> str:
         for label, cells in lines
     )
     return (
+        f"<h3>{escape(title)}</h3>\n"
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(title)}">\n'
-        f"<table>\n<caption>{escape(title)}</caption>\n<thead><tr><td></td>{head}</tr></thead>\n"
+        f"<table>\n<thead><tr><td></td>{head}</tr></thead>\n"
         f'<tbody>\n{rows}\n</tbody>\n</table>\n</div>\n'
     )
 
@@ -179,7 +180,7 @@ class Queries:
             "Random": np.random.default_rng(0).permutation(len(order))[:count],
         }
 
-    def section(self, sounds: Sounds) -> str:
+    def section(self, players: Players) -> str:
         groups = self.groups()
         shown = sum(map(len, groups.values()))
         parts = [
@@ -189,11 +190,11 @@ class Queries:
             "</output></div>"
         ]
         for title, rows in groups.items():
-            cards = "\n".join(self._card(int(row), sounds) for row in rows)
+            cards = "\n".join(self._card(int(row), players) for row in rows)
             parts.append(f'<section class="group">\n<h3>{title}</h3>\n{cards}\n</section>')
         return "\n".join(parts)
 
-    def _card(self, row: int, sounds: Sounds) -> str:
+    def _card(self, row: int, players: Players) -> str:
         right, rank = self.clip[row], int(self.rank[row])
         scores = self.audio @ self.text[row]
         first = scores.sort(descending=True, stable=True).indices[:TOP].tolist()
@@ -201,7 +202,7 @@ class Queries:
         if right not in first:
             ranked.append((rank, right))
         items = "\n".join(
-            self._clip(clip, place, float(scores[clip]), row, sounds) for place, clip in ranked
+            self._clip(clip, place, float(scores[clip]), row, players) for place, clip in ranked
         )
         return (
             f'<details class="query"><summary>{escape(self.captions[row])} '
@@ -209,7 +210,7 @@ class Queries:
             f'<ol class="clips">\n{items}\n</ol></details>'
         )
 
-    def _clip(self, clip: int, place: int, score: float, row: int, sounds: Sounds) -> str:
+    def _clip(self, clip: int, place: int, score: float, row: int, players: Players) -> str:
         found = self.split.clips[clip]
         mark = ""
         if clip == self.clip[row]:
@@ -221,7 +222,7 @@ class Queries:
         return (
             f'<li value="{place}"{kind}><span class="file">{escape(found.name)}</span> '
             f'<span class="mark">{mark}</span>\n'
-            f"{sounds.player(found.path, f'rank {place}: {found.name}', seconds=seconds)}\n"
+            f"{players.player(found.path, f'rank {place}: {found.name}', seconds=seconds)}\n"
             f'<p class="caption">score {score:.3f}; {escape(found.captions[0])}</p></li>'
         )
 

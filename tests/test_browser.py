@@ -17,7 +17,7 @@ import soundfile
 import torch
 
 from dualenc.audio import SAMPLE_RATE
-from dualenc.document import Sounds, write_document
+from dualenc.document import Players, write_document
 from dualenc.evaluation import evaluate
 from dualenc.index import SoundIndex
 from dualenc.layouts import Clip, Split
@@ -180,7 +180,7 @@ def test_nothing_from_outside_becomes_markup_or_is_fetched(browser, page):
 def test_sounds_beyond_the_limit_are_linked(browser, split, tmp_path):
     clip = split.clips[0]
     path = tmp_path / "page.html"
-    sounds = Sounds(path, room=100)
+    sounds = Players(path, room=100)
     write_document(path, "x", sounds.player(clip.path, "x"), sounds)
     assert sounds.embedded == []
     browser.open(path.as_uri())

@@ -10,7 +10,7 @@ import soundfile
 import torch
 
 from dualenc import InputError, figures, page
-from dualenc.document import Sounds, clock, percent
+from dualenc.document import Players, clock, percent
 from dualenc.evaluation import Annotations, evaluate
 from dualenc.layouts import CLOTHO_TEST_CLIPS, Clip, Split
 
@@ -218,7 +218,7 @@ def test_sounds_are_held_once_and_up_to_the_limit(tmp_path):
     paths[0].parent.mkdir()
     for path in paths:
         soundfile.write(path, np.sin(np.arange(64_000) * 0.02), 32_000)
-    sounds = Sounds(tmp_path / "page.html", room=20_000)  # two of some 9 kB each
+    sounds = Players(tmp_path / "page.html", room=20_000)  # two of some 9 kB each
     players = [sounds.player(path, "a & b", start) for path in paths for start in (0, 20)]
     assert len(sounds.embedded) == 2
     assert ['data-sound="0"' in p for p in players] == [True, True, False, False, False, False]
