@@ -166,7 +166,7 @@ def main() -> int:
     keys = [embeddings_key(path, args.tokenizer, splits) for path in args.teachers]
     folder = open_run(
         out, "distill", args, model, [*splits, held_out], options, processes,
-        teachers=[[str(path), key] for path, key in zip(args.teachers, keys, strict=True)],
+        teachers=[str(path) for path in args.teachers], teacher_embeddings=keys,
         contrastive_weight=args.contrastive_weight, distillation_weight=args.distillation_weight,
     )
     *caches, held_out_cache = open_caches([*splits, held_out], args, processes)

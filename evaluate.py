@@ -2,6 +2,7 @@
 
     python evaluate.py --split test                           # the newest run's best.pt
     python evaluate.py --split test --checkpoint runs/NAME/best.pt --json results.json
+    python evaluate.py --split test --html page.html          # to look at and listen to
     python evaluate.py --compare a.pt b.pt                    # their difference, and how sure it is
     python evaluate.py --ensemble a.pt b.pt                   # ranked by their mean similarity
     python evaluate.py --seeds 'runs/train-clotho-seed*'      # mean and deviation over runs
@@ -17,6 +18,7 @@ from dualenc.evaluation import Evaluation, evaluate, joined, read_annotations
 from dualenc.layouts import ANNOTATIONS, Split
 from dualenc.model import DualEncoder, trained_on
 from dualenc.options import Parser, add_data_options, add_device_options, add_tokenizer_option
+from dualenc.page import runs_behind, write_evaluation
 from dualenc.processes import Processes, embed_split
 from dualenc.runs import best_of, newest_best
 from dualenc.stages import describe, open_caches, place, precision_name
@@ -54,10 +56,16 @@ def parse_arguments():
         "--allow-seen", action="store_true", help="evaluate on a split trained on, and mark it"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, too")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a page to look at and listen to"
+    )
     add_challenge_options(parser)
     add_data_options(parser)
     add_device_options(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.html and (args.compare or args.seeds or args.queries):
+        raise InputError("--html shows one --checkpoint, or an --ensemble, on a split's captions")
+    return args
 
 
 def chosen_models(args) -> list[list[Path]]:
@@ -142,7 +150,10 @@ def main() -> int:
         print(write_submission(args.submission, asked, clips, *embedded[0], args.top))
     if not queries:
         each = zip(names, embedded, seen, strict=True)
-        present([evaluate(n, split, *both, annotations, was) for n, both, was in each], args)
+        evaluations = [evaluate(n, split, *both, annotations, was) for n, both, was in each]
+        present(evaluations, args)
+        if args.html:
+            write_evaluation(args.html, evaluations[0], runs_behind(models[0]))
     return 0
 
 

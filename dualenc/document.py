@@ -25,7 +25,7 @@ EMBEDDED_BYTES = 25 * 2**20  # of sounds in one document; in base64 they take a 
 MP3_BYTES_PER_SECOND = 4000  # at least, of 32 kHz mono
 
 
-class Sounds:
+class Players:
     """The players of one document, and the sounds that it holds for them.
 
     Args:
@@ -107,13 +107,13 @@ def match_list(matches: Sequence[Match], root: Path, player: Callable[[Match, st
     return '<ol class="clips">\n' + "\n".join(items) + "\n</ol>"
 
 
-def document(title: str, body: str, sounds: Sounds | None = None) -> str:
-    """A whole HTML document; with sounds it holds them, and the script that plays and filters."""
+def document(title: str, body: str, players: Players | None = None) -> str:
+    """A whole HTML document; with players it holds their sounds, and the script."""
     here = Path(__file__)
     script = ""
-    if sounds is not None:
+    if players is not None:
         script = (
-            f'<script type="application/json" id="sounds">{json.dumps(sounds.embedded)}</script>\n'
+            f'<script type="application/json" id="sounds">{json.dumps(players.embedded)}</script>\n'
             f"<script>\n{here.with_suffix('.js').read_text()}</script>\n"
         )
     return f"""<!doctype html>
@@ -135,8 +135,8 @@ def document(title: str, body: str, sounds: Sounds | None = None) -> str:
 """
 
 
-def write_document(path: Path, title: str, body: str, sounds: Sounds) -> None:
+def write_document(path: Path, title: str, body: str, players: Players) -> None:
     with replacing(path) as temporary:
         # A file's name may hold bytes that are not UTF-8: they are shown as escapes.
-        text = document(title, body, sounds)
+        text = document(title, body, players)
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -14,8 +14,6 @@ On disk an index is a folder of four arrays (see arrays.py) and says which check
 """
 
 import dataclasses
-import hashlib
-import json
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -30,7 +28,7 @@ from dualenc import InputError
 from dualenc.arrays import make_writable, read_arrays, write_arrays
 from dualenc.audio import SAMPLE_RATE, SEGMENT_SAMPLES
 from dualenc.model import DualEncoder
-from dualenc.sounds import Embedded, embed_files, file_stamp
+from dualenc.sounds import Embedded, embed_files, file_stamp, fingerprint
 
 FORMAT = "dualenc index 1"
 ARRAYS = ("embeddings", "segments", "files", "names")
@@ -298,18 +296,3 @@ def _share_below(scores: Tensor, best: Tensor) -> Tensor:
     reached = (best[:, None] <= best).sum(dim=1)
     reached[best == best[-1]] = (scores >= best[-1]).sum()  # its ties may go on beyond the k best
     return 1 - reached.double() / len(scores)
-
-
-def fingerprint(model: DualEncoder) -> str:
-    """Of all that decides an embedding: sizes, tokenizer and weights.
-
-    Of every weight tensor some thousand values count: training changes all tensors, and to hash the
-    report's model whole would take longer than to open an index of a million files.
-    """
-    config = dataclasses.asdict(model.config)
-    digest = hashlib.sha256(json.dumps([config, model.tokenizer.to_str()]).encode())
-    for name, value in model.state_dict().items():
-        spread = value.flatten()[:: max(1, value.numel() // 1000)].cpu()
-        digest.update(name.encode())
-        digest.update(spread.contiguous().numpy())
-    return digest.hexdigest()

@@ -2,8 +2,6 @@
 
     python evaluate.py --split test --html page.html
     python -m dualenc.page curves runs/a runs/b --out curves.svg    # or .png
-
-Shapes: N clips, Q queries, D embedding values.
 """
 
 from collections.abc import Sequence
@@ -12,85 +10,81 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dualenc import figures, run
 from dualenc.audio import MAX_SEGMENTS, SEGMENT_SECONDS
-from dualenc.document import Sounds, write_document
-from dualenc.layouts import Split
-from dualenc.metrics import METRICS, ranks
+from dualenc.document import Players, write_document
+from dualenc.evaluation import TEXT_TO_AUDIO, Evaluation
+from dualenc.metrics import METRICS
 from dualenc.options import Parser
+from dualenc.tables import (
+    REPORT_COLUMNS,
+    REPORT_FOOTNOTE,
+    Line,
+    is_reports_split,
+    percent,
+    report_lines,
+    seen_mark,
+    spans,
+)
 
 QUERIES_PER_GROUP = 20
 TOP = 10  # clips shown of each query's ranking
 SAMPLE_CLIPS = 40  # in the similarity matrices
 SAMPLE_GROUPS = 6
 
-Rows = dict[str, dict[str, float]]  # the table: {row: {column: fraction}}
 
-
-def write_evaluation(
-    path: Path,
-    title: str,
-    split: Split,
-    audio: Tensor,
-    text: Tensor,
-    rows: Rows,
-    intervals: dict[str, dict[str, tuple[float, float]]] | None = None,
-    report: Rows | None = None,
-    annotations: tuple[Sequence[int], Sequence[Sequence[int]]] | None = None,
-    runs: Sequence[Path] = (),
-) -> None:
-    """Write the page of one checkpoint on one split.
+def write_evaluation(path: Path, evaluation: Evaluation, runs: Sequence[Path] = ()) -> None:
+    """Write the page of one model on one split.
 
     Args:
         path: where the page is to lie.
-        title: what was evaluated on what.
-        audio, text: (N, D) and (Q, D) embeddings of the split's clips and captions, unit norm.
-        rows: the results; intervals: (low, high) of those that have one, alike.
-        report: the report's rows, to compare with.
-        annotations: rows of split.captions, and all clips relevant to each.
-        runs: folders of the runs whose curves are shown.
+        runs: folders of the runs whose learning curves are shown.
     """
-    queries = Queries(split, audio, text, annotations)
-    sounds = Sounds(path)
+    split, players = evaluation.split, Players(path)
+    queries = Queries(evaluation)
+    title = f"{evaluation.name}{seen_mark(evaluation)} on {split.name}"
     body = "\n".join([
         '<a class="skip" href="#listen">Skip to the queries</a>',
         f"<h1>{escape(title)}</h1>",
         f'<p class="quiet">{len(split.clips):,} clips; each of their {len(split.captions):,} '
         "captions is a query.</p>",
-        "<h2>Results</h2>", _table(rows, intervals or {}, report or {}),
+        "<h2>Results</h2>", _results(evaluation),
         "<h2>Learning curves</h2>", _curves(runs),
         "<h2>Where the right clip ranks</h2>", queries.figures(),
-        "<h2>Similarities</h2>", _similarities(split, audio, text),
-        '<h2 id="listen">Queries to listen to</h2>', queries.section(sounds),
+        "<h2>Similarities</h2>", _similarities(evaluation),
+        '<h2 id="listen">Queries to listen to</h2>', queries.section(players),
     ])
-    write_document(path, title, body, sounds)
+    write_document(path, title, body, players)
 
 
-def _table(rows: Rows, intervals: dict, report: Rows) -> str:
-    """All rows in percent; a confidence interval stands below its figure."""
-    columns = list(dict.fromkeys([*METRICS, *(name for row in report.values() for name in row)]))
+def _results(evaluation: Evaluation) -> str:
+    """Every figure above its interval; on the report's own split, its table, too."""
+    parts = []
+    for name, values in evaluation.results.items():
+        below = spans(evaluation.intervals[name])
+        cells = {m: f"{v}<small>{below[m]}</small>" for m, v in percent(values).items()}
+        parts.append((name, cells))
+    found = _table("In percent, with 95 % confidence intervals", parts, METRICS)
+    if is_reports_split(evaluation.split):
+        lines = report_lines([evaluation])
+        found += _table("Beside the report's Table 1", lines, REPORT_COLUMNS)
+        found += f'<p class="quiet">{escape(REPORT_FOOTNOTE)}</p>'
+    return found
 
-    def line(kind: str, name: str, row: dict[str, float]) -> str:
-        bounds = intervals.get(name, {})
-        cells = [f"{100 * row[c]:.2f}" if c in row else "–" for c in columns]
-        below = [
-            f"<small>{100 * bounds[c][0]:.2f} to {100 * bounds[c][1]:.2f}</small>"
-            if c in bounds else ""
-            for c in columns
-        ]
-        cells = "".join(f"<td>{a}{b}</td>" for a, b in zip(cells, below, strict=True))
-        return f'<tr class="{kind}"><th scope="row">{escape(name)}</th>{cells}</tr>'
 
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
-    lines = [line("own", name, row) for name, row in rows.items()]
-    lines += [line("report", f"report: {name}", row) for name, row in report.items()]
-    note = "In percent" + ("; below a figure its 95 % confidence interval." if intervals else ".")
+def _table(title: str, lines: Sequence[Line], columns: Sequence[str]) -> str:
+    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
+    rows = "\n".join(
+        f'<tr><th scope="row">{escape(label)}</th>'
+        + "".join(f"<td>{cells.get(column, '–')}</td>" for column in columns) + "</tr>"
+        for label, cells in lines
+    )
     return (
-        '<div class="scroll" tabindex="0" role="region" aria-label="Results">\n<table>\n'
-        f"<thead><tr><td></td>{head}</tr></thead>\n<tbody>\n" + "\n".join(lines)
-        + f'</tbody>\n</table>\n</div>\n<p class="quiet">{note}</p>'
+        f"<h3>{escape(title)}</h3>\n"
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(title)}">\n'
+        f"<table>\n<thead><tr><td></td>{head}</tr></thead>\n"
+        f'<tbody>\n{rows}\n</tbody>\n</table>\n</div>\n'
     )
 
 
@@ -103,14 +97,18 @@ def _figures(found: dict[str, str]) -> str:
     return '<div class="figures">\n' + "\n".join(parts) + "\n</div>"
 
 
-def runs_behind(checkpoint: Path) -> list[Path]:
-    """The folders of the run that wrote a checkpoint and of its teachers, if their logs exist."""
-    folder = checkpoint.parent
-    if not (folder / "log.jsonl").is_file():
-        return []
-    teachers = figures.read_log(folder).settings.get("teachers", [])
-    folders = dict.fromkeys([folder, *(Path(path).parent for path, _ in teachers)])
-    return [folder for folder in folders if (folder / "log.jsonl").is_file()]
+def runs_behind(checkpoints: Sequence[Path]) -> list[Path]:
+    """The folders of the runs that wrote them, and of these runs' teachers, if logs are there."""
+    folders: dict[Path, None] = {}
+    for folder in (checkpoint.parent for checkpoint in checkpoints):
+        if _has_log(folder):
+            teachers = figures.read_log(folder).settings.get("teachers", [])
+            folders |= dict.fromkeys([folder, *(Path(teacher).parent for teacher in teachers)])
+    return list(filter(_has_log, folders))
+
+
+def _has_log(folder: Path) -> bool:
+    return (folder / "log.jsonl").is_file()
 
 
 def _curves(runs: Sequence[Path]) -> str:
@@ -121,12 +119,12 @@ def _curves(runs: Sequence[Path]) -> str:
     return f'<p class="quiet">Runs: {names}</p>\n{_figures(figures.curves(logs))}'
 
 
-def _similarities(split: Split, audio: Tensor, text: Tensor) -> str:
+def _similarities(evaluation: Evaluation) -> str:
     """Cosines among a sample of clips, and between them and their first captions, grouped."""
-    n = len(split.clips)
-    sample = np.sort(np.random.default_rng(0).permutation(n)[:SAMPLE_CLIPS])
+    split = evaluation.split
+    sample = np.sort(np.random.default_rng(0).permutation(len(split.clips))[:SAMPLE_CLIPS])
     first = np.searchsorted(split.clip_of_caption, sample)  # captions stand clip by clip
-    sounds, captions = audio[sample].numpy(), text[first].numpy()
+    sounds, captions = evaluation.audio[sample].numpy(), evaluation.text[first].numpy()
     groups = figures.group(sounds @ sounds.T, SAMPLE_GROUPS)
     draw = figures.similarity_matrix
     items = []
@@ -152,10 +150,11 @@ def _similarities(split: Split, audio: Tensor, text: Tensor) -> str:
 class Queries:
     """Every caption of a split as a query: how its right clip ranks, and what ranks before it."""
 
-    def __init__(self, split: Split, audio: Tensor, text: Tensor, annotations: tuple | None):
-        self.split, self.audio, self.text = split, audio, text
-        self.captions, self.clip = split.captions, split.clip_of_caption
-        self.rank = torch.cat(ranks(text, audio, [[clip] for clip in self.clip])).numpy()
+    def __init__(self, evaluation: Evaluation):
+        self.split, self.audio, self.text = evaluation.split, evaluation.audio, evaluation.text
+        self.captions, self.clip = self.split.captions, self.split.clip_of_caption
+        self.rank = torch.cat(evaluation.rows[TEXT_TO_AUDIO].ranks).numpy()
+        annotations = evaluation.annotations
         self.relevant = dict(zip(*annotations, strict=True)) if annotations else {}
 
     def figures(self) -> str:
@@ -181,7 +180,7 @@ class Queries:
             "Random": np.random.default_rng(0).permutation(len(order))[:count],
         }
 
-    def section(self, sounds: Sounds) -> str:
+    def section(self, players: Players) -> str:
         groups = self.groups()
         shown = sum(map(len, groups.values()))
         parts = [
@@ -191,11 +190,11 @@ class Queries:
             "</output></div>"
         ]
         for title, rows in groups.items():
-            cards = "\n".join(self._card(int(row), sounds) for row in rows)
+            cards = "\n".join(self._card(int(row), players) for row in rows)
             parts.append(f'<section class="group">\n<h3>{title}</h3>\n{cards}\n</section>')
         return "\n".join(parts)
 
-    def _card(self, row: int, sounds: Sounds) -> str:
+    def _card(self, row: int, players: Players) -> str:
         right, rank = self.clip[row], int(self.rank[row])
         scores = self.audio @ self.text[row]
         first = scores.sort(descending=True, stable=True).indices[:TOP].tolist()
@@ -203,7 +202,7 @@ class Queries:
         if right not in first:
             ranked.append((rank, right))
         items = "\n".join(
-            self._clip(clip, place, float(scores[clip]), row, sounds) for place, clip in ranked
+            self._clip(clip, place, float(scores[clip]), row, players) for place, clip in ranked
         )
         return (
             f'<details class="query"><summary>{escape(self.captions[row])} '
@@ -211,7 +210,7 @@ class Queries:
             f'<ol class="clips">\n{items}\n</ol></details>'
         )
 
-    def _clip(self, clip: int, place: int, score: float, row: int, sounds: Sounds) -> str:
+    def _clip(self, clip: int, place: int, score: float, row: int, players: Players) -> str:
         found = self.split.clips[clip]
         mark = ""
         if clip == self.clip[row]:
@@ -223,7 +222,7 @@ class Queries:
         return (
             f'<li value="{place}"{kind}><span class="file">{escape(found.name)}</span> '
             f'<span class="mark">{mark}</span>\n'
-            f"{sounds.player(found.path, f'rank {place}: {found.name}', seconds=seconds)}\n"
+            f"{players.player(found.path, f'rank {place}: {found.name}', seconds=seconds)}\n"
             f'<p class="caption">score {score:.3f}; {escape(found.captions[0])}</p></li>'
         )
 

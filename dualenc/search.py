@@ -18,7 +18,7 @@ from pathlib import Path
 
 from dualenc import MAX_LISTED_FAULTS, InputError, run
 from dualenc.audio import SAMPLE_RATE
-from dualenc.document import Sounds, clock, match_list, percent, write_document
+from dualenc.document import Players, clock, match_list, percent, write_document
 from dualenc.index import Match, SoundIndex
 from dualenc.model import DualEncoder
 from dualenc.options import Parser, add_device_options, number
@@ -70,6 +70,8 @@ def _check_arguments(args) -> None:
         raise InputError("--serve takes no query and writes no --json or --html")
     if args.html and not (args.sentence or args.like):
         raise InputError("--html needs a sentence or --like")
+    if args.like and not args.like.is_file():
+        raise InputError(f"--like {args.like}: no such file")
     if args.sentence is not None and not args.sentence.strip():
         raise InputError("the sentence is empty")
 
@@ -138,14 +140,14 @@ def printable(text: str) -> str:
 
 def write_page(path: Path, query: str, matches: list[Match], root: Path) -> None:
     """The matches as a page with players that start at the matching segment."""
-    sounds = Sounds(path)
+    players = Players(path)
 
     def player(match: Match, label: str) -> str:
-        return sounds.player(match.path, label, match.start)
+        return players.player(match.path, label, match.start)
 
     title = f"Sounds for: {query}"
     body = f"<h1>{escape(title)}</h1>\n{match_list(matches, root, player)}"
-    write_document(path, title, body, sounds)
+    write_document(path, title, body, players)
 
 
 def main() -> int:

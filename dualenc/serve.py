@@ -99,13 +99,13 @@ class Handler(BaseHTTPRequestHandler):
     timeout = 60  # seconds that a silent connection is kept
     server: Server
 
-    def do_GET(self) -> None:  # noqa: N802 - http.server's name
+    def do_GET(self) -> None:
         try:
             self._answer()
         except (BrokenPipeError, ConnectionResetError):  # players break off what they do not need
             self.close_connection = True
 
-    do_HEAD = do_GET  # noqa: N815
+    do_HEAD = do_GET
 
     def log_message(self, *arguments) -> None:
         """Nothing: the terminal is for what the user has to know."""

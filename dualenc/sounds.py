@@ -3,7 +3,10 @@
 Shapes: s segments of one file, D embedding values.
 """
 
+import dataclasses
+import hashlib
 import itertools
+import json
 import os
 import stat
 from collections import Counter
@@ -114,3 +117,18 @@ def _segments(paths: Iterable[Path], read: list) -> Iterator[np.ndarray]:
         except InputError as error:
             fault = error
         read.append((min(samples, count * SEGMENT_SAMPLES), count, fault))
+
+
+def fingerprint(model: DualEncoder) -> str:
+    """Of all that decides an embedding: sizes, tokenizer and weights.
+
+    Of every weight tensor some thousand values count: training changes all tensors, and to hash the
+    report's model whole would take longer than to open an index of a million files.
+    """
+    config = dataclasses.asdict(model.config)
+    digest = hashlib.sha256(json.dumps([config, model.tokenizer.to_str()]).encode())
+    for name, value in model.state_dict().items():
+        spread = value.flatten()[:: max(1, value.numel() // 1000)].cpu()
+        digest.update(name.encode())
+        digest.update(spread.contiguous().numpy())
+    return digest.hexdigest()

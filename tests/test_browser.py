@@ -17,7 +17,8 @@ import soundfile
 import torch
 
 from dualenc.audio import SAMPLE_RATE
-from dualenc.document import Sounds, write_document
+from dualenc.document import Players, write_document
+from dualenc.evaluation import evaluate
 from dualenc.index import SoundIndex
 from dualenc.layouts import Clip, Split
 from dualenc.model import DualEncoder
@@ -127,8 +128,7 @@ def page(split, tmp_path_factory):
     audio = unit(torch.randn(10, 16), dim=1)
     text = unit(audio[split.clip_of_caption] + 0.3 * torch.randn(20, 16), dim=1)
     path = tmp_path_factory.mktemp("page") / "page.html"
-    rows = {"text to audio": {"mAP@10": 0.5, "R@1": 0.25}}
-    write_evaluation(path, "A <b>page</b>", split, audio, text, rows)
+    write_evaluation(path, evaluate("A <b>page</b>", split, audio, text))
     return path
 
 
@@ -166,7 +166,7 @@ def test_the_evaluation_page_filters_and_plays(browser, page):
 
 def test_nothing_from_outside_becomes_markup_or_is_fetched(browser, page):
     browser.open(page.as_uri())
-    assert browser.wait("document.title") == "A <b>page</b>"
+    assert browser.wait("document.title") == "A <b>page</b> on evil & co/test"
     count = "return arguments[0].map(tag => document.querySelectorAll(tag).length)"
     assert browser.script(count, ["script", "img", "b", "[onerror]"]) == [2, 0, 0, 0]
     # Its two scripts, the sounds' data and what plays them, are its own.
@@ -180,7 +180,7 @@ def test_nothing_from_outside_becomes_markup_or_is_fetched(browser, page):
 def test_sounds_beyond_the_limit_are_linked(browser, split, tmp_path):
     clip = split.clips[0]
     path = tmp_path / "page.html"
-    sounds = Sounds(path, room=100)
+    sounds = Players(path, room=100)
     write_document(path, "x", sounds.player(clip.path, "x"), sounds)
     assert sounds.embedded == []
     browser.open(path.as_uri())

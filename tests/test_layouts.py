@@ -174,5 +174,5 @@ def test_check_goes_on_after_a_split_that_cannot_be_read(tmp_path, capsys):
     touch(tmp_path / "test")
     assert check.main(["check", str(tmp_path)]) == 1
     out = capsys.readouterr().out
-    assert "cannot be read: " in out and "line 2 has an empty caption" in out
+    assert "cannot be read: " in out and "line 2 has no word in caption" in out
     assert "1 clips, 1 captions" in out and out.endswith("\n1 fault\n")

@@ -176,7 +176,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model(checkpoint):
     tokenizer = json.loads(torch.load(checkpoint, weights_only=True)["tokenizer"])
     tokenizer["model"]["vocab"]["zebra"] = 10**6
     changed(checkpoint, tokenizer=json.dumps(tokenizer))
-    with pytest.raises(InputError, match="the tokenizer has more than 1000 tokens"):
+    with pytest.raises(InputError, match="its tokenizer has more than 1000 tokens"):
         DualEncoder.load(checkpoint)
 
 

@@ -10,8 +10,9 @@ import soundfile
 import torch
 
 from dualenc import InputError, figures, page
-from dualenc.document import Sounds, clock, percent
-from dualenc.layouts import Clip, Split
+from dualenc.document import Players, clock, percent
+from dualenc.evaluation import Annotations, evaluate
+from dualenc.layouts import CLOTHO_TEST_CLIPS, Clip, Split
 
 
 def write_run(folder, epochs=3, **settings):
@@ -97,8 +98,8 @@ def test_the_runs_behind_a_checkpoint(tmp_path, monkeypatch):
     write_run(tmp_path / "teacher")
     teachers = ["teacher/best.pt", "gone/best.pt", "teacher/last.pt"]
     student = write_run(tmp_path / "student", teachers=teachers)
-    assert [p.name for p in page.runs_behind(student / "best.pt")] == ["student", "teacher"]
-    assert page.runs_behind(tmp_path / "elsewhere.pt") == []
+    found = page.runs_behind([student / "best.pt", tmp_path / "elsewhere.pt"])
+    assert [folder.name for folder in found] == ["student", "teacher"]
 
 
 # --- The evaluation page ---
@@ -141,17 +142,18 @@ def cards(html):
 
 def test_the_page_shows_what_a_plain_sort_finds(split, embeddings, tmp_path):
     audio, text = embeddings
-    annotations = ([0, 7], [[0, 5, 6], [3, 9]])
+    annotations = Annotations([0, 7], [[0, 5, 6], [3, 9]])
     path = tmp_path / "page.html"
-    rows = {"text to audio": {"mAP@10": 0.12345}, "audio to text": {"R@1": 1.0}}
-    intervals = {"text to audio": {"mAP@10": (0.1, 0.15)}}
-    report = {"Clotho, distilled": {"mAP@10": 0.282, "new annotations mAP": 0.3254}}
-    page.write_evaluation(
-        path, "title", split, audio, text, rows, intervals, report, annotations
-    )
+    evaluation = evaluate("a & b.pt", split, audio, text, annotations, seen=True)
+    page.write_evaluation(path, evaluation)
     html = path.read_text()
-    assert "12.35<small>10.00 to 15.00</small>" in html
-    assert "report: Clotho, distilled" in html and "<td>28.20</td>" in html and "32.54" in html
+    assert "<h1>a &amp; b.pt (seen) on some/test</h1>" in html
+    for name, values in evaluation.results.items():
+        for metric, value in values.items():
+            low, high = evaluation.intervals[name][metric]
+            cell = f"{100 * value:.2f}<small>{100 * low:.2f}..{100 * high:.2f}</small>"
+            assert cell in html, (name, metric)
+    assert "Table 1" not in html  # this is not the report's split
     scores = (text @ audio.T).numpy()
     captions, relevant = split.captions, dict(zip(*annotations, strict=True))
     shown = cards(html)
@@ -170,8 +172,17 @@ def test_the_page_shows_what_a_plain_sort_finds(split, embeddings, tmp_path):
     assert html.count('class="relevant"') == sum(bool(m) for _, _, c in shown for *_, m in c)
 
 
+def test_on_the_reports_split_its_table_stands_beside(split, embeddings):
+    whole = Split("clotho/evaluation", split.clips * 35, [], "flat")
+    whole = Split(whole.name, whole.clips[:CLOTHO_TEST_CLIPS], [], "flat")
+    audio, text = (side.repeat(35, 1) for side in embeddings)
+    evaluation = evaluate("x", whole, audio[:CLOTHO_TEST_CLIPS], text[: 2 * CLOTHO_TEST_CLIPS])
+    html = page._results(evaluation)
+    assert "report: Clotho + AudioCaps, distilled" in html and "<td>37.21</td>" in html
+
+
 def test_the_groups_of_queries_by_hand(split, embeddings):
-    queries = page.Queries(split, *embeddings, None)
+    queries = page.Queries(evaluate("x", split, *embeddings))
     queries.rank = np.arange(1, 61)[::-1].copy()  # the last caption is answered best
     groups = queries.groups()
     assert groups["Best"].tolist() == list(range(59, 39, -1))
@@ -183,7 +194,7 @@ def test_the_groups_of_queries_by_hand(split, embeddings):
 def test_a_split_smaller_than_a_group(split, embeddings, tmp_path):
     audio, text = embeddings
     small = Split("tiny/test", split.clips[:2], [], "folder")
-    page.write_evaluation(tmp_path / "page.html", "t", small, audio[:2], text[:4], {})
+    page.write_evaluation(tmp_path / "page.html", evaluate("x", small, audio[:2], text[:4]))
     assert len(cards((tmp_path / "page.html").read_text())) == 4 * 4
 
 
@@ -207,7 +218,7 @@ def test_sounds_are_held_once_and_up_to_the_limit(tmp_path):
     paths[0].parent.mkdir()
     for path in paths:
         soundfile.write(path, np.sin(np.arange(64_000) * 0.02), 32_000)
-    sounds = Sounds(tmp_path / "page.html", room=20_000)  # two of some 9 kB each
+    sounds = Players(tmp_path / "page.html", room=20_000)  # two of some 9 kB each
     players = [sounds.player(path, "a & b", start) for path in paths for start in (0, 20)]
     assert len(sounds.embedded) == 2
     assert ['data-sound="0"' in p for p in players] == [True, True, False, False, False, False]

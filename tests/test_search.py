@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import sys
 
 import numpy as np
@@ -345,6 +346,16 @@ def test_json_for_other_programs(command, folder, capsys):
     assert (best["start"], best["end"]) == (0, 2)
 
 
+def test_a_page_with_players(command, folder, tmp_path):
+    write(folder / "long <i>.wav", 25, seed=3)
+    out = tmp_path / "found.html"
+    command("--like", folder / "long <i>.wav", "--audio", folder, "--html", out, "--top", 2)
+    html = out.read_text()
+    assert html.count("<audio") == 2 and "long &lt;i&gt;.wav" in html
+    starts = re.findall(r'data-sound="\d" data-from="(.*?)"', html)
+    assert len(starts) == 2 and starts[0] in ("", "#t=10", "#t=20") and starts[1] == ""
+
+
 def test_sentence_after_sentence_without_audio(command, folder, tmp_path, capsys, monkeypatch):
     index = tmp_path / "index"
     command("a car", "--audio", folder, "--index", index)
@@ -363,10 +374,13 @@ def test_sentence_after_sentence_without_audio(command, folder, tmp_path, capsys
         (["a dog", "--audio", "nowhere"], "nowhere: no such folder of sounds"),
         ([" ", "--audio", "."], "the sentence is empty"),
         (["a dog", "--like", "x.wav", "--audio", "."], "two queries"),
+        (["--serve", "--json", "--audio", "."], "--serve takes no query"),
+        (["--html", "x.html", "--audio", "."], "--html needs a sentence or --like"),
         (["a dog", "--audio", "empty"], "no sound file below it that can be read"),
         (["a dog", "--audio", "sounds", "--index", "of-other"], "is the index of .*empty"),
         (["a dog", "--audio", "sounds", "--index", "file/index"], "cannot be written.*--index"),
         (["--like", "file", "--audio", "sounds"], "file: cannot be decoded"),
+        (["--like", "gone.wav", "--audio", "sounds"], "--like gone.wav: no such file"),
     ],
 )
 def test_bad_input_is_one_line(command, folder, tmp_path, monkeypatch, model, arguments, message):
