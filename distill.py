@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from dualenc import InputError, run
-from dualenc.checkpoints import check_tensors, read_tensors, write_tensors
+from dualenc.checkpoints import check_tensors, read_tensors, trained_on, write_tensors
 from dualenc.data import AudioCache, PairBatches
 from dualenc.layouts import Split
 from dualenc.losses import contrastive_loss, distillation_loss
-from dualenc.model import DualEncoder, trained_on
+from dualenc.model import DualEncoder
 from dualenc.options import (
     Parser,
     add_data_options,

@@ -14,9 +14,10 @@ import json
 from pathlib import Path
 
 from dualenc import InputError, replacing, run
+from dualenc.checkpoints import trained_on
 from dualenc.evaluation import Evaluation, evaluate, joined, read_annotations
 from dualenc.layouts import ANNOTATIONS, Split
-from dualenc.model import DualEncoder, trained_on
+from dualenc.model import DualEncoder
 from dualenc.options import Parser, add_data_options, add_device_options, add_tokenizer_option
 from dualenc.page import runs_behind, write_evaluation
 from dualenc.processes import Processes, embed_split

@@ -24,8 +24,9 @@ from benchmarks.measure import (
     random_clips,
 )
 from benchmarks.plain import PlainRecipe
+from dualenc.config import PRESETS
 from dualenc.losses import contrastive_loss
-from dualenc.model import PRESETS, DualEncoder
+from dualenc.model import DualEncoder
 from dualenc.processes import Processes
 from dualenc.text import tokenize
 from dualenc.training import choose_precision

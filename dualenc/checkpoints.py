@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dualenc import InputError, replacing
 from dualenc.baseline import converted, inert_classes, is_baseline, official_name
+from dualenc.config import DualEncoderConfig
 
 FORMAT = "dualenc 1"  # raise the number when older readers would misread a checkpoint
 
@@ -65,6 +66,29 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     if isinstance(found, str) and found.startswith(FORMAT.split()[0]):
         raise InputError(f"{path}: has the format {found!r}, not {FORMAT!r}; update this program")
     raise InputError(f"{path}: is not a checkpoint of this program")
+
+
+def read_header(
+    checkpoint: dict, path: str | os.PathLike
+) -> tuple[DualEncoderConfig, list[str]]:
+    """What a checkpoint says of its model, and the splits that its weights have seen.
+
+    Raises:
+        InputError: it does not say, or no model is like that.
+    """
+    try:
+        config = DualEncoderConfig(**checkpoint["config"])
+        trained_on = list(checkpoint["trained_on"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: is not a complete checkpoint ({error})") from error
+    if not all(isinstance(name, str) for name in trained_on):
+        raise InputError(f"{path}: is not a complete checkpoint (trained_on holds no names)")
+    return config, trained_on
+
+
+def trained_on(path: str | os.PathLike) -> list[str]:
+    """The splits that a checkpoint's weights have seen, without loading them."""
+    return read_header(read_checkpoint(path), path)[1]
 
 
 def check_tensors(values, path: str | os.PathLike) -> None:

@@ -10,7 +10,6 @@ that it loads with no other file and no network.
 
 import contextlib
 import dataclasses
-import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -37,10 +36,11 @@ from dualenc.checkpoints import (
     check_shapes,
     load_strictly,
     read_checkpoint,
+    read_header,
     write_tensors,
 )
+from dualenc.config import PRESETS, DualEncoderConfig
 from dualenc.text import (
-    MAX_TOKENS,
     PAD_ID,
     TextTower,
     load_tokenizer,
@@ -51,90 +51,8 @@ from dualenc.text import (
     train_tokenizer,
 )
 
-TAU_BOUNDS = (0.005, 1.0)  # of a learnable temperature: beyond them the loss over- or underflows
 EMBED_CLIPS = 8  # at a time without gradients: enough to fill a CPU, little memory on a GPU
 EMBED_CAPTIONS = 64
-
-
-PRESET_NAMES = ("report", "tiny")
-
-
-@dataclasses.dataclass(frozen=True)
-class DualEncoderConfig:
-    """Every size of the model; the defaults are the report's. Stored in the checkpoint.
-
-    Raises:
-        TypeError, ValueError: a value is of another kind than its default, or no model has it.
-    """
-
-    preset: str = "report"  # whose training defaults suit the model
-    # PaSST, passt_s_p16_s16_128_ap468: 8 x 62 patches of a 10 s segment
-    audio_width: int = 768
-    audio_depth: int = 12
-    audio_heads: int = 12
-    patch: tuple[int, int] = (16, 16)  # mel bands, 10 ms frames
-    patchout: tuple[int, int] = (2, 15)  # rows, columns of patches left out in training
-    # RoBERTa-large
-    vocabulary: int = 50_265
-    text_width: int = 1024
-    text_depth: int = 24
-    text_heads: int = 16
-    text_hidden: int = 4096
-    text_positions: int = 514
-    text_dropout: float = 0.2  # of hidden states and attention, as in the baseline
-    # the shared space
-    embedding: int = 1024
-    tau: float = 0.05
-    learn_tau: bool = False
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), type(field.default)
-            if not isinstance(value, int | float if kind is float else kind):
-                raise TypeError(f"{field.name} is a {type(value).__name__}")
-            if kind is int and value < 1:
-                raise ValueError(f"{field.name} is {value}")
-        if self.preset not in PRESET_NAMES:
-            raise ValueError("its preset is unknown")
-        for pair in (self.patch, self.patchout):
-            if len(pair) != 2 or not all(isinstance(n, int) and n >= 0 for n in pair):
-                raise ValueError("patch and patchout are not pairs of sizes")
-        if self.audio_width % self.audio_heads or self.text_width % self.text_heads:
-            raise ValueError("the heads do not divide the width")
-        if self.text_positions < PAD_ID + 1 + MAX_TOKENS:
-            raise ValueError(f"text_positions {self.text_positions} are too few for a caption")
-        if not 0 < self.tau < math.inf:
-            raise ValueError(f"tau is {self.tau}")
-
-    def telling_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the weights that tell every size on which the others depend, by name."""
-        audio, text = self.audio_width, self.text_width
-        shapes = {
-            "audio.passt.patch_embed.proj.weight": (audio, 1, *self.patch),
-            "audio_projection.weight": (self.embedding, audio),
-            "text.roberta.embeddings.word_embeddings.weight": (self.vocabulary, text),
-            "text.roberta.embeddings.position_embeddings.weight": (self.text_positions, text),
-            "text_projection.weight": (self.embedding, text),
-        }
-        for i in range(self.audio_depth):
-            shapes[f"audio.passt.blocks.{i}.mlp.fc1.weight"] = (4 * audio, audio)
-        for i in range(self.text_depth):
-            layer = f"text.roberta.encoder.layer.{i}"
-            shapes[f"{layer}.attention.self.query.weight"] = (text, text)
-            shapes[f"{layer}.intermediate.dense.weight"] = (self.text_hidden, text)
-        return shapes
-
-
-PRESETS = {
-    "report": DualEncoderConfig(),
-    # The same code with smaller numbers, learnt from scratch in a minute on two cores.
-    "tiny": DualEncoderConfig(
-        preset="tiny",
-        audio_width=96, audio_depth=2, audio_heads=3, patch=(128, 8), patchout=(0, 30),
-        vocabulary=1000, text_width=96, text_depth=2, text_heads=3, text_hidden=384,
-        text_positions=66, text_dropout=0.1,
-    ),
-}
 
 
 class DualEncoder(nn.Module):
@@ -367,29 +285,6 @@ def _scale_to_width(tower: nn.Module, ratio: float) -> None:
 def by_length(captions: Sequence[str]) -> list[int]:
     """The order in which captions are embedded: neighbours of like length need little padding."""
     return sorted(range(len(captions)), key=lambda i: len(captions[i]))
-
-
-def read_header(
-    checkpoint: dict, path: str | os.PathLike
-) -> tuple[DualEncoderConfig, list[str]]:
-    """What a checkpoint says of its model, and the splits that its weights have seen.
-
-    Raises:
-        InputError: it does not say, or no model is like that.
-    """
-    try:
-        config = DualEncoderConfig(**checkpoint["config"])
-        trained_on = list(checkpoint["trained_on"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: is not a complete checkpoint ({error})") from error
-    if not all(isinstance(name, str) for name in trained_on):
-        raise InputError(f"{path}: is not a complete checkpoint (trained_on holds no names)")
-    return config, trained_on
-
-
-def trained_on(path: str | os.PathLike) -> list[str]:
-    """The splits that a checkpoint's weights have seen, without loading them."""
-    return read_header(read_checkpoint(path), path)[1]
 
 
 def _with_sizes_of(config: DualEncoderConfig, roberta: RobertaConfig) -> DualEncoderConfig:

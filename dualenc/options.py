@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dualenc import InputError
-from dualenc.model import PRESETS, TAU_BOUNDS
+from dualenc.config import PRESETS, TAU_BOUNDS
 from dualenc.training import Options
 
 # The tiny preset learns from scratch, so it needs a higher learning rate than fine-tuning does.

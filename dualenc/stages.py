@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from dualenc import InputError
-from dualenc.checkpoints import read_checkpoint
+from dualenc.checkpoints import read_checkpoint, read_header
 from dualenc.data import AudioCache, PairBatches, open_cache
 from dualenc.layouts import Split, hold_out, read_split, training_splits
-from dualenc.model import DualEncoder, read_header
+from dualenc.model import DualEncoder
 from dualenc.processes import Processes
 from dualenc.runs import Run, check_folder
 from dualenc.training import SELECTION_METRIC, Options, Trainer, choose_precision

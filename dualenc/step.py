@@ -1,4 +1,4 @@
-"""The gradient of one training step: of the whole batch, in pieces and over processes.
+"""One training step: its gradient, of the whole batch, in pieces and over processes; its losses.
 
 A contrastive loss compares all pairs of a batch, so it needs all embeddings at once; but once its
 gradient with respect to the embeddings is known, each piece of the batch can go through the towers
@@ -9,6 +9,7 @@ Shapes: B pairs of the whole batch, B_r of this process's part, B_i of one piece
 embedding values.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dualenc import InputError
 from dualenc.data import Batch
 from dualenc.losses import gather
 from dualenc.model import DualEncoder
@@ -23,6 +25,7 @@ from dualenc.processes import Processes
 
 # (audio (B, D), text (B, D), batch, tau) -> {"loss": what is minimised, and its parts by name}
 Loss = Callable[[Tensor, Tensor, Batch, Tensor], dict[str, Tensor]]
+STOPPED = "stopped, and last.pt is as it was (a lower --max-lr or --precision fp32 may help)"
 
 
 def step_gradients(
@@ -92,3 +95,33 @@ def _sum_gradients(model: DualEncoder) -> None:
             parameter.grad = torch.zeros_like(parameter)
     for work in [dist.all_reduce(p.grad, async_op=True) for p in parameters]:
         work.wait()
+
+
+class Losses:
+    """The losses of the current epoch's steps, fetched from the device only when they are read."""
+
+    def __init__(self, fetched: list[dict[str, float]]):
+        self.fetched = fetched
+        self.pending: list[tuple[int, dict[str, Tensor]]] = []
+
+    def add(self, step: int, losses: dict[str, Tensor]) -> None:
+        self.pending.append((step, losses))
+
+    def fetch(self) -> list[dict[str, float]]:
+        """All of the epoch.
+
+        Raises:
+            InputError: names the first step whose loss is not finite.
+        """
+        for step, losses in self.pending:
+            values = {name: value.item() for name, value in losses.items()}
+            if not math.isfinite(values["loss"]):
+                raise InputError(f"step {step}: the loss is {values['loss']}; {STOPPED}")
+            self.fetched.append(values)
+        self.pending = []
+        return self.fetched
+
+    def mean(self, last: int | None = None) -> dict[str, float]:
+        """Over the last so many steps of the epoch, or over all."""
+        chosen = self.fetch()[-last:] if last else self.fetch()
+        return {name: sum(v[name] for v in chosen) / len(chosen) for name in chosen[0]}

@@ -20,17 +20,15 @@ from tqdm import tqdm
 
 from dualenc import InputError
 from dualenc.checkpoints import check_shapes, load_strictly
+from dualenc.config import TAU_BOUNDS
 from dualenc.data import Batch, PairBatches
 from dualenc.figures import write_curves
-from dualenc.model import TAU_BOUNDS, DualEncoder
+from dualenc.model import DualEncoder
 from dualenc.processes import Processes
 from dualenc.runs import Run
-from dualenc.step import Loss, step_gradients
+from dualenc.step import STOPPED, Loss, Losses, step_gradients
 
 Validate = Callable[[DualEncoder], dict[str, float]]
-STOPPED = (
-    "stopped, and last.pt is as it was (a lower --max-lr or --precision fp32 may help)"
-)
 SELECTION_METRIC = "mAP@10"  # best.pt is the epoch with the highest on the validation split
 
 
@@ -111,36 +109,6 @@ def _bf16_is_faster_here() -> bool:
 
 
 # --- The loop ---
-
-
-class Losses:
-    """The losses of the current epoch's steps, fetched from the device only when they are read."""
-
-    def __init__(self, fetched: list[dict[str, float]]):
-        self.fetched = fetched
-        self.pending: list[tuple[int, dict[str, Tensor]]] = []
-
-    def add(self, step: int, losses: dict[str, Tensor]) -> None:
-        self.pending.append((step, losses))
-
-    def fetch(self) -> list[dict[str, float]]:
-        """All of the epoch.
-
-        Raises:
-            InputError: names the first step whose loss is not finite.
-        """
-        for step, losses in self.pending:
-            values = {name: value.item() for name, value in losses.items()}
-            if not math.isfinite(values["loss"]):
-                raise InputError(f"step {step}: the loss is {values['loss']}; {STOPPED}")
-            self.fetched.append(values)
-        self.pending = []
-        return self.fetched
-
-    def mean(self, last: int | None = None) -> dict[str, float]:
-        """Over the last so many steps of the epoch, or over all."""
-        chosen = self.fetch()[-last:] if last else self.fetch()
-        return {name: sum(v[name] for v in chosen) / len(chosen) for name in chosen[0]}
 
 
 class Trainer:

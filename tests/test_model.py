@@ -9,7 +9,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from dualenc import InputError
-from dualenc.model import PRESETS, DualEncoder, DualEncoderConfig
+from dualenc.config import PRESETS, DualEncoderConfig
+from dualenc.model import DualEncoder
 from dualenc.text import tokenize
 
 CAPTIONS = ["A dog barks.", "rain", "A bell rings, then rain falls on a tin roof for a while"]

@@ -8,9 +8,9 @@ import torch
 
 import train
 from dualenc import InputError
+from dualenc.config import TAU_BOUNDS
 from dualenc.losses import contrastive_loss, distillation_loss
 from dualenc.metrics import ranks, retrieval_metrics
-from dualenc.model import TAU_BOUNDS
 
 SECOND = 32_000
 

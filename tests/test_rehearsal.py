@@ -11,8 +11,9 @@ import distill
 import evaluate
 import train
 from dualenc import model, run
+from dualenc.config import PRESETS
 from dualenc.miniature import write_miniature
-from dualenc.model import PRESETS, DualEncoder
+from dualenc.model import DualEncoder
 from tests.rehearsal import commands, write_passt, write_roberta
 
 SCRIPTS = {"train.py": train, "distill.py": distill, "evaluate.py": evaluate}

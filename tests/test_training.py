@@ -11,7 +11,7 @@ import evaluate
 import train
 from dualenc import InputError
 from dualenc.model import DualEncoder
-from dualenc.training import Losses
+from dualenc.step import Losses
 
 TINY = ["--preset", "tiny", "--batch-size", 16, "--workers", 0]
 
