@@ -4,7 +4,7 @@
 
 Writes files of the true names and shapes with random weights where the published ones would be
 downloaded to, and a very small Clotho and AudioCaps in their real layouts; then runs the commands
-with nothing added but --data-dir, --out and --max-steps. Needs 12 GB of memory and 25 GB of disk.
+with nothing added but --data-dir, --out and --max-steps. Needs 16 GB of memory and 25 GB of disk.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def main() -> None:
     torch.manual_seed(0)
     write_passt(folder / "torch")
     write_roberta(folder / "huggingface")
-    write_miniature(folder / "data", clotho=(6, 2, 4), audiocaps=(6, 1, 1))
+    write_miniature(folder / "data", clotho=(2, 2, 4), audiocaps=(4, 1, 1))
     environment = os.environ | {
         "TORCH_HOME": f"{folder}/torch", "HF_HOME": f"{folder}/huggingface", "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(ROOT),
