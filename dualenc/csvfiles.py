@@ -10,21 +10,20 @@ from pathlib import Path
 
 from dualenc import InputError
 
-BLANK = string.whitespace + string.punctuation  # nothing of it is left when captions are normalised
+BLANK = string.whitespace + string.punctuation  # nothing of it is left of a normalised caption
 
 
 def read_header(table: Path) -> list[str]:
     """The names in a csv file's first line."""
-    header, _ = _read_rows(table)
-    return header
+    return _read_rows(table)[0]
 
 
 def read_csv(table: Path, columns: Sequence[str]) -> list[list[str]]:
     """The named columns of a csv file, row by row; other columns are passed over.
 
     Raises:
-        InputError: the file is not UTF-8, lacks a column, or rows are short or hold values without
-            a letter or digit.
+        InputError: the file is not UTF-8, lacks a column, or rows are short, hold empty values, or
+            captions of which nothing is left when they are normalised.
     """
     header, rows = _read_rows(table)
     wrong = [name for name in columns if header.count(name) != 1]
@@ -34,7 +33,7 @@ def read_csv(table: Path, columns: Sequence[str]) -> list[list[str]]:
         )
     if not rows:
         raise InputError(f"{table}: holds no rows")
-    places = [header.index(name) for name in columns]
+    places = [(header.index(name), BLANK if "caption" in name else None) for name in columns]
     faults = [
         f"line {line} has no word in {columns[i]}" if len(row) == len(header)
         else f"line {line} has {len(row)} fields instead of {len(header)}"
@@ -44,7 +43,7 @@ def read_csv(table: Path, columns: Sequence[str]) -> list[list[str]]:
     ]
     if faults:
         raise InputError.of(str(table), faults)
-    return [[row[place] for place in places] for _, row in rows]
+    return [[row[place] for place, _ in places] for _, row in rows]
 
 
 def _read_rows(table: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
@@ -58,8 +57,10 @@ def _read_rows(table: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
         raise InputError(f"{table}: cannot be read as a UTF-8 csv file ({error})") from error
 
 
-def _first_empty(row: list[str], places: list[int], width: int) -> int | None:
-    """The first wanted column without a word in this row, if any."""
+def _first_empty(
+    row: list[str], places: list[tuple[int, str | None]], width: int
+) -> int | None:
+    """The first wanted column in which nothing but blanks stands in this row, if any."""
     if len(row) != width:
         return 0
-    return next((i for i, place in enumerate(places) if not row[place].strip(BLANK)), None)
+    return next((i for i, (at, blank) in enumerate(places) if not row[at].strip(blank)), None)

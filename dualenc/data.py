@@ -155,7 +155,7 @@ def _decoded(
         disable=None if len(paths) >= MIN_PROGRESS_CLIPS else True,
     )
     with context.Pool(workers, _prepare_worker) as pool:
-        fresh = pool.imap(_decode, paths, chunksize=4)
+        fresh = pool.imap(_decode, paths)
         yield (next(fresh) if place is None else cache[place] for place in bar)
 
 

@@ -21,7 +21,7 @@ from dualenc.checkpoints import read_checkpoint, write_tensors
 # Settings that may differ between a run and its resumption: they do not change the mathematics.
 FREE_SETTINGS = frozenset({
     "out", "data_dir", "cache_dir", "teacher_cache", "device", "workers", "epochs", "max_steps",
-    "checkpoint_every", "micro_batch", "compile",
+    "checkpoint_every", "log_every", "micro_batch",
 })
 
 
@@ -77,7 +77,6 @@ class Run:
             with open(self.log_path, encoding="utf-8") as file:
                 old = json.loads(file.readline())
             old, new = _named(old), _named(self.settings)
-            other_preset = old["--preset"] != new["--preset"]
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise InputError(f"--out {self.folder}: its log.jsonl is not a run's log") from error
         changes = [
@@ -85,7 +84,7 @@ class Run:
             for name in dict.fromkeys([*old, *new])
             if old.get(name) != new.get(name)
         ]
-        if other_preset:  # the sizes follow from it
+        if old.get("--preset") != new.get("--preset"):  # the sizes follow from it
             changes = [change for change in changes if not change.startswith("the model's")]
         if changes:
             raise InputError.of(

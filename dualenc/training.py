@@ -150,7 +150,7 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.best = int(state["step"]), float(state["best"])
             self.losses = Losses(state["losses"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{self.run.last}: is not this run's state ({error})") from error
 
     def _check_moments(self, state: dict[int, dict[str, Tensor]]) -> None:

@@ -346,7 +346,7 @@ BAD_ANNOTATIONS = {
     "no list": ("{1},a.wav\n", "is not a list"),
     "a tuple": ("{1},\"('{0}',)\"\n", "is not a list"),
     "a list of numbers": ('{1},"[1, 2]"\n', "is not a list"),
-    "an empty list": ("{1},[]\n", "has no word in audio_filenames"),
+    "an empty list": ("{1},[]\n", "is not a list"),
     "an expression": ("{1},\"[open('ran', 'w')]\"\n", "is not a list"),
     "a comprehension": ("{1},\"[x for x in open('ran', 'w')]\"\n", "is not a list"),
     "a deep list": ("{1}," + "[" * 50_000 + "1" + "]" * 50_000 + "\n", "is not a list"),
@@ -480,13 +480,19 @@ def test_folders_of_something_else_are_left_alone(refused, no_model, tmp_path):
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter.tex"]
 
 
-@pytest.mark.parametrize("log", ["", "[]\n", "{}\n", "no json\n", "[" * 100_000, "\xff\n"])
-def test_a_log_of_something_else_is_left_alone(refused, tmp_path, log):
+OTHER_LOG = "its log.jsonl is not a run's log"
+
+
+@pytest.mark.parametrize(("log", "words"), [
+    ("", OTHER_LOG), ("[]\n", OTHER_LOG), ("no json\n", OTHER_LOG), ("\xff\n", OTHER_LOG),
+    ("[" * 100_000, OTHER_LOG), ('{"model": 1}', OTHER_LOG), ("{}\n", "a run with other settings"),
+])
+def test_a_log_of_something_else_is_left_alone(refused, tmp_path, log, words):
     (tmp_path / "run").mkdir()
     path = tmp_path / "run/log.jsonl"
     path.write_bytes(log.encode("latin-1"))
     lines = refused(train, *TINY, "--out", tmp_path / "run")
-    assert "run: its log.jsonl is not a run's log" in lines[0] and len(lines) == 1
+    assert "run" in lines[0] and words in lines[0]
     assert path.read_bytes() == log.encode("latin-1")
 
 
@@ -504,6 +510,46 @@ def test_a_folder_that_may_not_be_written_to(refused, no_model, monkeypatch, tmp
 def cut_log(path):
     with open(path, "rb+") as file:
         file.truncate(len(file.readline()))
+
+
+CHANGED = {
+    "--batch-size 8": "--batch-size: was 4, now 8",
+    "--seed 7": "--seed: was 0, now 7",
+    "--captions-per-clip 2": "--captions-per-clip: was 1, now 2",
+    "--max-lr 0.01": "--max-lr: was 0.001, now 0.01",
+    "--min-lr 0": "--min-lr: was 1e-06, now 0",
+    "--warmup-epochs 2": "--warmup-epochs: was 1, now 2",
+    "--decay-epochs 2": "--decay-epochs: was 15, now 2",
+    "--weight-decay 0.1": "--weight-decay: was 0, now 0.1",
+    "--tau 0.1": "--tau: was 0.05, now 0.1",
+    "--learn-tau": "--learn-tau: was False, now True",
+    "--precision bf16": "--precision: was fp32, now bf16",
+    "--datasets audiocaps": "--datasets: was ['clotho'], now ['audiocaps']",
+    "--validation audiocaps": "--validation: was None, now audiocaps",
+    "--init tiny.pt": "--init: was random, now tiny.pt",
+}
+FREE = ["--workers 1", "--epochs 2", "--max-steps 3", "--checkpoint-every 1", "--log-every 1",
+        "--micro-batch 2", "--cache-dir elsewhere", "--device cpu"]
+
+
+def test_other_settings_are_refused_and_named_with_both_values(
+    command, refused, checkpoint, miniature, tmp_path
+):
+    command(train, *TINY, "--out", "run", "--max-steps", 1)
+    for option, words in CHANGED.items():
+        lines = refused(train, *TINY, "--out", "run", *option.split())
+        assert "run holds a run with other settings" in lines[0]
+        assert any(words in line for line in lines), (words, lines)
+    for steps, option in enumerate(FREE, start=2):
+        status, printed = command(
+            train, *TINY, "--out", "run", "--max-steps", steps, *option.split()
+        )
+        assert status == 0, printed
+    data = shutil.copytree(miniature, tmp_path / "data")
+    table = data / "CLOTHO_v2.1/clotho_csv_files/clotho_captions_development.csv"
+    table.write_text(table.read_text().replace(" the ", " that ", 1))
+    (line,) = refused(train, *TINY, "--out", "run", "--data-dir", data)
+    assert "clips, captions and digest of clotho/development: was [10, 50, " in line
 
 
 BAD_STATES = {
