@@ -19,10 +19,10 @@ from dualenc.losses import contrastive_loss, distillation_loss
 from dualenc.model import DualEncoder
 from dualenc.options import (
     Parser,
-    add_data_options,
     add_device_options,
     add_temperature_options,
     add_tokenizer_option,
+    add_training_data_options,
     add_training_options,
     number,
     training_options,
@@ -36,6 +36,7 @@ from dualenc.stages import (
     open_caches,
     open_run,
     place,
+    precision_name,
     read_splits,
     run_folder,
 )
@@ -48,11 +49,7 @@ def parse_arguments():
         "--teachers", nargs="+", required=True, type=Path, metavar="CHECKPOINT",
         help="checkpoints of stage 1; they may differ in size",
     )
-    parser.add_argument(
-        "--datasets", nargs="+", default=["clotho"], metavar="NAME",
-        help="clotho, audiocaps, or folders with a captions.csv (default clotho)",
-    )
-    add_data_options(parser)
+    add_training_data_options(parser)
     group = parser.add_argument_group("student and losses")
     group.add_argument(
         "--init", metavar="CHECKPOINT", help="where the student starts (default: first teacher)"
@@ -71,6 +68,8 @@ def parse_arguments():
     if args.contrastive_weight == args.distillation_weight == 0:
         raise InputError("--contrastive-weight 0 --distillation-weight 0: nothing to learn from")
     args.init = args.init or str(args.teachers[0])
+    if args.init in ("pretrained", "random"):
+        parser.error(f"--init {args.init}: a student starts from a checkpoint")
     return args
 
 
@@ -135,6 +134,12 @@ def embeddings_key(path: Path, tokenizer: str | None, splits: list[Split]) -> st
     return digest.hexdigest()[:16]
 
 
+def stored_name(key: str, precision: torch.dtype | None, caches: list[AudioCache]) -> str:
+    """Of a file of embeddings: another one where sound files or the precision have changed."""
+    sounds = hashlib.sha256("".join(cache.name for cache in caches).encode()).hexdigest()[:8]
+    return f"{key}-{sounds}-{precision_name(precision)}.pt"
+
+
 def distillation(teachers: list[tuple[torch.Tensor, torch.Tensor]], weights: tuple[float, float]):
     """Section 2's final loss: both objectives, weighted (contrastive, distillation)."""
 
@@ -171,10 +176,10 @@ def main() -> int:
     )
     *caches, held_out_cache = open_caches([*splits, held_out], args, processes)
     pairs = list(zip(splits, caches, strict=True))
-    teachers = [
-        teacher_embeddings(path, out.parent / "teachers" / f"{key}.pt", pairs, args, processes)
-        for path, key in zip(args.teachers, keys, strict=True)
-    ]
+    teachers = []
+    for path, key in zip(args.teachers, keys, strict=True):
+        stored = out.parent / "teachers" / stored_name(key, model.precision, caches)
+        teachers.append(teacher_embeddings(path, stored, pairs, args, processes))
 
     batches = PairBatches(
         pairs, model.tokenizer, options.batch_size, options.captions_per_clip, options.seed,
@@ -184,7 +189,7 @@ def main() -> int:
     trainer = Trainer(model, distillation(teachers, weights), folder, options, processes)
     announce(trainer, batches, [*pairs, (held_out, held_out_cache)])
     ended_by = trainer.fit(batches, validation(held_out, held_out_cache, processes))
-    return finish(trainer, ended_by)
+    return finish(trainer, ended_by, args)
 
 
 if __name__ == "__main__":

@@ -24,13 +24,23 @@ from dualenc.processes import Processes, embed_split
 from dualenc.runs import best_of, newest_best
 from dualenc.stages import describe, open_caches, place, precision_name
 from dualenc.submission import add_challenge_options, what_is_ranked, write_submission
-from dualenc.tables import is_reports_split, of_comparison, of_one, of_runs, report_table
+from dualenc.tables import (
+    coverage,
+    is_reports_split,
+    of_comparison,
+    of_one,
+    of_runs,
+    report_table,
+)
 from dualenc.training import choose_precision
 
 
 def parse_arguments():
     parser = Parser(__doc__)
-    parser.add_argument("--split", choices=("test", "val", "train"), default="test")
+    parser.add_argument(
+        "--split", choices=("test", "val", "train"), default="test",
+        help="of the data set (default test)",
+    )
     parser.add_argument(
         "--dataset", default="clotho", metavar="NAME",
         help="clotho, audiocaps, or a folder with a captions.csv (default clotho)",
@@ -66,6 +76,8 @@ def parse_arguments():
     args = parser.parse_args()
     if args.html and (args.compare or args.seeds or args.queries):
         raise InputError("--html shows one --checkpoint, or an --ensemble, on a split's captions")
+    if args.queries and (args.json or args.annotations):
+        raise InputError("--json and --annotations are of figures, and --queries have none")
     return args
 
 
@@ -103,10 +115,8 @@ def embed(model: list[Path], split: Split, cache, queries, args, processes):
 def present(evaluations: list[Evaluation], args) -> None:
     """Print the figures; write the same to --json, as fractions."""
     split = evaluations[0].split
-    found, total = len(split.clips), len(split.clips) + len(split.missing)
     if split.missing:
-        whose = "the report" if split.name.startswith("clotho/") else "published figures"
-        print(f"coverage    {found:,} of {total:,} clips found: not comparable with {whose}")
+        print(f"coverage    {coverage(split)}")
     if args.compare:
         text, numbers = of_comparison(*evaluations)
     elif args.seeds:
@@ -117,7 +127,7 @@ def present(evaluations: list[Evaluation], args) -> None:
     if is_reports_split(split):
         print(f"\n{report_table(evaluations)}")
     if args.json:
-        about = {"split": split.name, "clips": found, "missing": len(split.missing)}
+        about = {"split": split.name, "clips": len(split.clips), "missing": len(split.missing)}
         with replacing(args.json) as temporary:
             temporary.write_text(json.dumps(about | numbers, indent=1) + "\n")
 

@@ -12,10 +12,11 @@ from dualenc.data import PairBatches
 from dualenc.losses import contrastive_loss
 from dualenc.options import (
     Parser,
-    add_data_options,
     add_device_options,
     add_model_options,
+    add_training_data_options,
     add_training_options,
+    given_changes,
     training_options,
 )
 from dualenc.processes import Processes, validation
@@ -35,11 +36,7 @@ from dualenc.training import Options, Trainer
 
 def parse_arguments():
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--datasets", nargs="+", default=["clotho"], metavar="NAME",
-        help="clotho, audiocaps, or folders with a captions.csv (default clotho)",
-    )
-    add_data_options(parser)
+    add_training_data_options(parser)
     add_model_options(parser)
     add_training_options(parser, Options())
     add_device_options(parser)
@@ -63,7 +60,8 @@ def main() -> int:
     captions = [caption for split in splits for caption in split.captions]
     with processes.first_goes_first():  # it may download
         model = initial_model(
-            args.init, args.preset, args.text_model, captions, args.seed or 0, args.tokenizer
+            args.init, args.preset, args.text_model, captions, args.seed or 0, args.tokenizer,
+            given_changes(args),
         )
     model.set_temperature(args.tau, args.learn_tau)
     model.trained_on = sorted({*model.trained_on, *(split.name for split in splits)})
@@ -78,7 +76,7 @@ def main() -> int:
     trainer = Trainer(model, loss_of, folder, options, processes)
     announce(trainer, batches, [*pairs, (held_out, held_out_cache)])
     ended_by = trainer.fit(batches, validation(held_out, held_out_cache, processes))
-    return finish(trainer, ended_by)
+    return finish(trainer, ended_by, args)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import soundfile
 from tqdm import tqdm
 
 from dualenc import InputError
-from dualenc.audio import unreadable
+from dualenc.audio import MAX_LEVEL, _check_header, unreadable
 from dualenc.layouts import Split, read_split, splits_in
 
 SHORT_SECONDS = 0.2  # one column of PaSST's patches spans 0.16 s
@@ -39,24 +39,29 @@ class Sound:
 
 
 def examine(path: Path) -> Sound:
-    """Read a sound file from end to end and say what, if anything, is wrong with it."""
+    """Read a sound file from end to end and say what, if anything, is wrong with it.
+
+    What audio.decode_blocks refuses is a fault here, too.
+    """
     digest, frames, low, high = hashlib.sha256(), 0, np.inf, -np.inf
     try:
-        with soundfile.SoundFile(path) as file:
+        if not path.is_file():  # to open a pipe would be to wait for it
+            raise FileNotFoundError
+        with soundfile.SoundFile(os.fsencode(path)) as file:
+            _check_header(file)
             rate = file.samplerate
-            for block in file.blocks(BLOCK_FRAMES, dtype="float32", always_2d=True):
+            while len(block := file.read(BLOCK_FRAMES, dtype="float32", always_2d=True)):
+                if not np.abs(block).max() <= MAX_LEVEL:  # NaN is not, either
+                    raise ValueError("holds NaN, infinite or unscaled samples")
                 digest.update(block)
                 frames += len(block)
-                # minimum and maximum hand on NaN, which min and max may not
-                low, high = np.minimum(low, block.min()), np.maximum(high, block.max())
-    except (soundfile.LibsndfileError, OSError) as error:
+                low, high = min(low, block.min()), max(high, block.max())
+            if frames < file.frames:
+                raise ValueError(f"ends after {frames} of {file.frames} samples")
+    except (soundfile.LibsndfileError, OSError, ValueError, TypeError) as error:
         return Sound(f"unreadable: {unreadable(path, error)}")
     seconds = frames / rate
-    if frames == 0:
-        fault = "empty: holds no samples"
-    elif not np.isfinite(high - low):
-        fault = "unreadable: holds NaN or infinite samples"
-    elif (high - low) / 2 < SILENT_PEAK:
+    if (high - low) / 2 < SILENT_PEAK:
         fault = "silent"
     elif seconds < SHORT_SECONDS:
         fault = f"too short: {seconds:.3f} s"

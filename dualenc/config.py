@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from dualenc.audio import MEL_BANDS, SEGMENT_FRAMES
 from dualenc.text import MAX_TOKENS, PAD_ID
 
 TAU_BOUNDS = (0.005, 1.0)  # of a learnable temperature: beyond them the loss over- or underflows
@@ -49,6 +50,9 @@ class DualEncoderConfig:
         for pair in (self.patch, self.patchout):
             if len(pair) != 2 or not all(isinstance(n, int) and n >= 0 for n in pair):
                 raise ValueError("patch and patchout are not pairs of sizes")
+        rows, columns = MEL_BANDS // max(1, self.patch[0]), SEGMENT_FRAMES // max(1, self.patch[1])
+        if not (self.patchout[0] < rows and self.patchout[1] < columns):
+            raise ValueError(f"patchout {self.patchout} leaves none of {rows} x {columns} patches")
         if self.audio_width % self.audio_heads or self.text_width % self.text_heads:
             raise ValueError("the heads do not divide the width")
         if self.text_positions < PAD_ID + 1 + MAX_TOKENS:

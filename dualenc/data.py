@@ -58,6 +58,11 @@ class AudioCache(Sequence):
         return self.samples[self.bounds[i] : self.bounds[i + 1]]
 
     @property
+    def name(self) -> str:
+        """Of the samples' file: another one where any sound file's size or time has changed."""
+        return Path(self.samples.filename).name
+
+    @property
     def seconds(self) -> float:
         return float(self.bounds[-1]) / SAMPLE_RATE
 
@@ -75,30 +80,31 @@ def open_cache(split: Split, folder: Path, processes: int | None = None) -> Audi
     """
     stamps = _stamps(split)
     index_path = folder / f"{split.file_stem}.json"
-    samples_path = _samples_path(index_path, stamps)
     old = _read_index(index_path)
     if old is not None and [row[:3] for row in old] == stamps:
-        return AudioCache(samples_path, [row[3] for row in old])
+        return AudioCache(_samples_path(index_path, stamps), [row[3] for row in old])
 
-    lengths, faults = [], []
-    with replacing(samples_path) as temporary:
+    files, faults = [], []
+    building = folder / f"{split.file_stem}.{os.getpid()}.int16"
+    with replacing(building) as temporary:
         decoding = _decoded(split, stamps, old, index_path, processes)
         with open(temporary, "wb") as file, decoding as waveforms:
-            for waveform in waveforms:
+            for stamp, waveform in zip(stamps, waveforms, strict=True):
                 if isinstance(waveform, str):
                     faults.append(waveform)
                 else:
                     file.write(waveform)
-                    lengths.append(len(waveform))
-        if faults:
-            raise InputError.of(f"{split.name}: sound files that cannot be used", faults)
-    files = [[*stamp, length] for stamp, length in zip(stamps, lengths, strict=True)]
+                    files.append([*stamp, len(waveform)])
+    samples_path = _samples_path(index_path, [row[:3] for row in files])
+    os.replace(building, samples_path)
     with replacing(index_path) as temporary:
         temporary.write_text(json.dumps({"format": CACHE_FORMAT, "files": files}))
     for stale in folder.glob(f"{glob.escape(split.file_stem)}.*.int16"):
         if stale != samples_path:  # who has it open goes on reading it
             stale.unlink(missing_ok=True)
-    return AudioCache(samples_path, lengths)
+    if faults:  # what could be decoded is kept for the next time
+        raise InputError.of(f"{split.name}: sound files that cannot be used", faults)
+    return AudioCache(samples_path, [row[3] for row in files])
 
 
 def _stamps(split: Split) -> list[list]:

@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from dualenc import replacing
+from dualenc import InputError, replacing
 from dualenc.audio import SAMPLE_RATE, decode
 from dualenc.index import Match
 
 EMBEDDED_BYTES = 25 * 2**20  # of sounds in one document; in base64 they take a third more
-MP3_BYTES_PER_SECOND = 4000  # at least, of 32 kHz mono
+MP3_BYTES_PER_SECOND = 6000  # of 32 kHz mono: what is estimated before a sound is decoded
 
 
 class Players:
@@ -53,18 +53,26 @@ class Players:
         return audio(label, f'src="{urllib.parse.quote(relative)}{begin}"')
 
     def _embed(self, path: Path, seconds: int | None) -> int | None:
-        """The sound's number among those embedded; None where there is no room left."""
-        duration = soundfile.info(os.fsencode(path)).duration
-        if min(duration, seconds or duration) * MP3_BYTES_PER_SECOND > self.room:
+        """The sound's number among those embedded; None where there is no room left, or no sound.
+
+        A file may be gone, or damaged, since it was indexed.
+        """
+        try:
+            duration = soundfile.info(os.fsencode(path)).duration
+            if min(duration, seconds or duration) * MP3_BYTES_PER_SECOND > self.room:
+                return None
+            data = _mp3(decode(path, seconds and seconds * SAMPLE_RATE))
+        except (soundfile.LibsndfileError, InputError):
             return None
-        data = _mp3(decode(path, seconds and seconds * SAMPLE_RATE))
+        if len(data) > self.room:
+            return None
         self.room -= len(data)
         self.embedded.append(base64.b64encode(data).decode())
         return len(self.embedded) - 1
 
 
 def _mp3(waveform: np.ndarray) -> bytes:
-    """What every browser plays; some 6 kB per second."""
+    """What every browser plays."""
     file = io.BytesIO()
     soundfile.write(file, waveform, SAMPLE_RATE, format="MP3", compression_level=0.5)
     return file.getvalue()

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from dualenc import InputError
 from dualenc.arrays import make_writable, read_arrays, write_arrays
-from dualenc.audio import SAMPLE_RATE, SEGMENT_SAMPLES
+from dualenc.audio import AUDIO_SUFFIXES, SAMPLE_RATE, SEGMENT_SAMPLES, decode_blocks
 from dualenc.model import DualEncoder
 from dualenc.sounds import Embedded, embed_files, file_stamp, fingerprint
 
@@ -94,8 +94,10 @@ class SoundIndex:
         return len(self.files)
 
     def path(self, number: int) -> Path:
-        """Where a file lies, which is always below the root, whoever wrote the index."""
+        """Where a file lies: always a sound file below the root, whoever wrote the index."""
         name = Path(os.fsdecode(self._name(number)))
+        if name.suffix.lower() not in AUDIO_SUFFIXES:
+            raise InputError(f"{name}: the index names what is no sound file")
         if name.is_absolute() or ".." in name.parts:
             raise InputError(f"{name}: the index names a file outside of {self.root}")
         return self.root / name
@@ -148,10 +150,10 @@ class SoundIndex:
         rows = {row[0]: row for row in map(self._row, range(len(self)))}
         rows = {name: row for name, row in rows.items() if stamps.get(name) == row[1]}
         kept, fresh = len(rows), [name for name in stamps if name not in rows]
-        if save_to is not None and (fresh or kept < len(self)):
+        paths = [self.root / os.fsdecode(name) for name in fresh]
+        if save_to is not None and any(map(_begins, paths)):
             make_writable(save_to)
         due = time.monotonic() + SAVE_SECONDS
-        paths = [self.root / os.fsdecode(name) for name in fresh]
         bar = tqdm(paths, label, unit="file", leave=False, disable=None if label else True)
         for name, found in zip(fresh, embed_files(self.model, bar), strict=True):
             if isinstance(found, InputError):
@@ -176,13 +178,15 @@ class SoundIndex:
     def _stamps(
         self, paths: Iterable[str | os.PathLike]
     ) -> tuple[dict[bytes, Stamp], list[str]]:
-        """The stamp of each file by its name, and which files are not there."""
+        """The stamp of each file by its name, and which files are none."""
         stamps, faults = {}, []
         for path in paths:
             name = os.path.relpath(path, self.root)
             if name.startswith(os.pardir + os.sep):
                 raise InputError(f"{path}: lies outside of the index's folder {self.root}")
             try:
+                if Path(name).suffix.lower() not in AUDIO_SUFFIXES:
+                    raise InputError(f"{path}: has no sound file's ending")
                 stamps[os.fsencode(name)] = file_stamp(Path(path))
             except InputError as error:
                 faults.append(str(error))
@@ -234,6 +238,7 @@ class SoundIndex:
         width = self.model.config.embedding
         if not (
             self.files.dtype == FILE_RECORD
+            and len(self.files)
             and self.embeddings.shape == (len(self.files), width)
             and self.segments.shape[1:] == (width,)
             and self.embeddings.dtype == self.segments.dtype == np.float32
@@ -261,6 +266,8 @@ class SoundIndex:
 
     def nearest(self, queries: Tensor, k: int = 10, by: str = "file") -> list[list[Match]]:
         """Exact search: for each of (Q, D) queries of unit norm its k best files, best first."""
+        if not len(self):
+            return [[] for _ in queries]
         found = []
         for block in queries.float().split(QUERY_BLOCK):
             scores = self._scores(block, by)
@@ -291,8 +298,16 @@ class SoundIndex:
         return Match(number, path, score, above, start / SAMPLE_RATE, end / SAMPLE_RATE)
 
 
+def _begins(path: Path) -> bool:
+    """Whether a sound file can be decoded at least at its start."""
+    try:
+        return bool(len(next(decode_blocks(path))))
+    except InputError:
+        return False
+
+
 def _share_below(scores: Tensor, best: Tensor) -> Tensor:
     """(N,) scores, of which (k,) best are the highest -> (k,) the share of all that is lower."""
     reached = (best[:, None] <= best).sum(dim=1)
     reached[best == best[-1]] = (scores >= best[-1]).sum()  # its ties may go on beyond the k best
-    return 1 - reached.double() / len(scores)
+    return (len(scores) - reached).double() / len(scores)

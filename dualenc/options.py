@@ -56,14 +56,22 @@ def add_data_options(parser: Parser) -> None:
         help="where CLOTHO_v2.1 and AUDIOCAPS lie (default data)",
     )
     group.add_argument(
+        "--cache-dir", type=Path, metavar="DIR",
+        help="where decoded audio is kept, 64 kB per second (default DATA_DIR/cache)",
+    )
+
+
+def add_training_data_options(parser: Parser) -> None:
+    parser.add_argument(
+        "--datasets", nargs="+", default=["clotho"], metavar="NAME",
+        help="clotho, audiocaps, or folders with a captions.csv (default clotho)",
+    )
+    parser.add_argument(
         "--validation", metavar="NAME",
         help="the data set whose validation split chooses the best epoch (default clotho, or a "
         "tenth of the clips where only folders are trained on)",
     )
-    group.add_argument(
-        "--cache-dir", type=Path, metavar="DIR",
-        help="where decoded audio is kept, 64 kB per second (default DATA_DIR/cache)",
-    )
+    add_data_options(parser)
 
 
 def add_device_options(parser: Parser) -> None:
@@ -155,6 +163,15 @@ def add_model_options(parser: Parser) -> None:
         "--text-model", metavar="NAME",
         help="a RoBERTa by name or local folder instead of roberta-large",
     )
+    group.add_argument(
+        "--text-dropout", type=number(float, 0, 0.9), metavar="P",
+        help="of RoBERTa's hidden states and attention (default 0.2; tiny 0.1)",
+    )
+    group.add_argument(
+        "--patchout", type=number(int, 0), nargs=2, metavar=("ROWS", "COLUMNS"),
+        help="of PaSST's patches left out in training (default 2 of 8, 15 of 62; tiny 0 of 1, 30 "
+        "of 125)",
+    )
     add_tokenizer_option(group)
     add_temperature_options(group)
 
@@ -165,6 +182,13 @@ def add_tokenizer_option(group) -> None:
         help="by name, folder or tokenizer.json, instead of a checkpoint's own; the official "
         "baseline's file holds none (default for it: roberta-large)",
     )
+
+
+def given_changes(args: argparse.Namespace) -> dict:
+    """What add_model_options lets one change of a preset, as far as it was given."""
+    given = {"text_dropout": args.text_dropout}
+    given["patchout"] = tuple(args.patchout) if args.patchout else None
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def add_temperature_options(group) -> None:

@@ -21,6 +21,7 @@ from dualenc.tables import (
     REPORT_COLUMNS,
     REPORT_FOOTNOTE,
     Line,
+    coverage,
     is_reports_split,
     percent,
     report_lines,
@@ -48,7 +49,7 @@ def write_evaluation(path: Path, evaluation: Evaluation, runs: Sequence[Path] = 
         '<a class="skip" href="#listen">Skip to the queries</a>',
         f"<h1>{escape(title)}</h1>",
         f'<p class="quiet">{len(split.clips):,} clips; each of their {len(split.captions):,} '
-        "captions is a query.</p>",
+        f"captions is a query. {coverage(split)}</p>",
         "<h2>Results</h2>", _results(evaluation),
         "<h2>Learning curves</h2>", _curves(runs),
         "<h2>Where the right clip ranks</h2>", queries.figures(),

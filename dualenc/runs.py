@@ -20,9 +20,18 @@ from dualenc.checkpoints import read_checkpoint, write_tensors
 
 # Settings that may differ between a run and its resumption: they do not change the mathematics.
 FREE_SETTINGS = frozenset({
-    "out", "data_dir", "cache_dir", "teacher_cache", "device", "workers", "epochs", "max_steps",
+    "out", "data_dir", "cache_dir", "device", "workers", "epochs", "max_steps",
     "checkpoint_every", "log_every", "micro_batch",
 })
+
+
+def recorded_setting(folder: Path, name: str) -> str | None:
+    """A setting of the run in a folder, if there is one."""
+    try:
+        with open(folder / "log.jsonl", encoding="utf-8") as file:
+            return json.loads(file.readline()).get(name)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None  # no run, or another program's file: Run says so
 
 
 def check_folder(folder: Path) -> None:

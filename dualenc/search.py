@@ -21,7 +21,7 @@ from dualenc.audio import SAMPLE_RATE
 from dualenc.document import Players, clock, match_list, percent, write_document
 from dualenc.index import Match, SoundIndex
 from dualenc.model import DualEncoder
-from dualenc.options import Parser, add_device_options, number
+from dualenc.options import Parser, add_device_options, add_tokenizer_option, number
 from dualenc.processes import Processes
 from dualenc.runs import newest_best
 from dualenc.serve import serve
@@ -42,6 +42,7 @@ def parse_arguments():
         "--audio it is searched as it is",
     )
     parser.add_argument("--checkpoint", type=Path, help="default: the newest run's best.pt")
+    add_tokenizer_option(parser)
     parser.add_argument("--top", type=number(int, 1), default=10, metavar="N", help="default 10")
     parser.add_argument(
         "--by", choices=("file", "segment"), default="file",
@@ -58,6 +59,8 @@ def parse_arguments():
     add_device_options(parser)
     args = parser.parse_args()
     _check_arguments(args)
+    if args.sentence:  # bytes that are not UTF-8 are no word
+        args.sentence = args.sentence.encode(errors="replace").decode()
     return args
 
 
@@ -111,9 +114,12 @@ def open_index(model: DualEncoder, audio: Path | None, folder: Path | None) -> S
 
 def sentences() -> Iterator[str]:
     """What is typed or piped in, line by line."""
+    sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8 are no word
     while True:
+        if sys.stdin.isatty():
+            print("sentence> ", end="", file=sys.stderr, flush=True)
         try:
-            line = input("sentence> " if sys.stdin.isatty() else "")
+            line = input()
         except EOFError:
             return
         if line.strip():
@@ -153,7 +159,7 @@ def write_page(path: Path, query: str, matches: list[Match], root: Path) -> None
 def main() -> int:
     args = parse_arguments()
     checkpoint = args.checkpoint or newest_best()
-    model = DualEncoder.load(checkpoint)
+    model = DualEncoder.load(checkpoint, tokenizer=args.tokenizer)
     model = place(model, args, Processes.start(args.device))
     index = open_index(model, args.audio, args.index)
     if args.serve:

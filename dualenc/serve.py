@@ -12,6 +12,7 @@ this machine's own is refused, so that no web page elsewhere can read what is he
 import mimetypes
 import os
 import re
+import sys
 import threading
 import urllib.parse
 from html import escape
@@ -64,6 +65,11 @@ class Server(ThreadingHTTPServer):
             raise InputError(f"--port {port}: {error.strerror}; name another") from error
         self.hosts = {f"{name}:{self.server_port}" for name in (ADDRESS, "localhost")}
 
+    def handle_error(self, request, client_address) -> None:
+        """Say what went wrong, but not that a browser has broken off: browsers do."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
     def page(self, sentence: str, by: str) -> str:
         options = "".join(
             f'<option value="{value}"{" selected" if value == by else ""}>{label}</option>'
@@ -111,7 +117,10 @@ class Handler(BaseHTTPRequestHandler):
         """Nothing: the terminal is for what the user has to know."""
 
     def _answer(self) -> None:
-        url = urllib.parse.urlsplit(self.path)
+        try:
+            url = urllib.parse.urlsplit(self.path)
+        except ValueError:  # such as an open bracket where a host would stand
+            return self._refuse(HTTPStatus.BAD_REQUEST)
         sound = re.fullmatch(r"/sound/(\d{1,12})", url.path)
         if self.headers.get("Host") not in self.server.hosts:
             self._refuse(HTTPStatus.MISDIRECTED_REQUEST)

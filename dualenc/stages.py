@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import hashlib
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,15 +11,17 @@ import torch
 
 from dualenc import InputError
 from dualenc.checkpoints import read_checkpoint, read_header
+from dualenc.config import PRESETS
 from dualenc.data import AudioCache, PairBatches, open_cache
 from dualenc.layouts import Split, hold_out, read_split, training_splits
 from dualenc.model import DualEncoder
 from dualenc.processes import Processes
-from dualenc.runs import Run, check_folder
+from dualenc.runs import Run, check_folder, recorded_setting
 from dualenc.training import SELECTION_METRIC, Options, Trainer, choose_precision
 
 NAMED_DATASETS = ("clotho", "audiocaps")
 PRECISIONS = (None, torch.bfloat16, torch.float16)
+PRECISION_NAMES = ("fp32", "bf16", "fp16")
 
 
 def read_splits(args: argparse.Namespace) -> tuple[list[Split], Split]:
@@ -53,16 +56,28 @@ def initial_preset(init: str, preset: str) -> str:
 
 def initial_model(
     init: str, preset: str, text_model: str | None, captions: Sequence[str], seed: int,
-    tokenizer: str | None = None,
+    tokenizer: str | None = None, changes: dict | None = None,
 ) -> DualEncoder:
-    """A new model, or a checkpoint's, in the state in which training begins."""
+    """A new model, or a checkpoint's, in the state in which training begins.
+
+    Args:
+        changes: values of DualEncoderConfig that replace the preset's.
+    """
     torch.manual_seed(seed)
+    changes = changes or {}
     if init in ("pretrained", "random"):
         if tokenizer:
             raise InputError("--tokenizer goes with --init CHECKPOINT; else see --text-model")
-        return DualEncoder.create(preset, init, captions, text_model)
-    if text_model:
-        raise InputError("--text-model goes with --init pretrained or random, not a checkpoint")
+        try:
+            dataclasses.replace(PRESETS[preset], **changes)
+        except ValueError as error:
+            raise InputError(f"--{'/--'.join(changes).replace('_', '-')}: {error}") from error
+        return DualEncoder.create(preset, init, captions, text_model, **changes)
+    if text_model or changes:
+        raise InputError(
+            "--text-model, --patchout and --text-dropout go with --init pretrained or random, not "
+            "with a checkpoint"
+        )
     return DualEncoder.load(init, tokenizer=tokenizer)
 
 
@@ -75,8 +90,15 @@ def open_caches(
         InputError: a file cannot be used, or processes on several machines see different data.
     """
     folder = args.cache_dir or args.data_dir / "cache"
+    caches, faults = [], []
     with processes.first_goes_first():
-        caches = [open_cache(split, folder) for split in splits]
+        for split in splits:
+            try:
+                caches.append(open_cache(split, folder))
+            except InputError as error:  # those of the other splits are to be known, too
+                faults += str(error).splitlines()
+    if faults:
+        raise InputError(faults[0], *(line.strip() for line in faults[1:]))
     seen = [[[clip.name, clip.captions] for clip in split.clips] for split in splits]
     if not processes.agree(seen):
         raise InputError(
@@ -103,11 +125,13 @@ def millions(module: torch.nn.Module) -> str:
 
 
 def precision_name(precision: torch.dtype | None) -> str:
-    return {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[precision]
+    return PRECISION_NAMES[PRECISIONS.index(precision)]
 
 
 def run_folder(stage: str, args: argparse.Namespace, preset: str, options: Options) -> Path:
     """Where the run is to be written; without --out the same command finds its run again.
+
+    A run that goes on keeps its precision, unless another one than auto is asked for.
 
     Raises:
         InputError: it cannot be written there.
@@ -116,6 +140,8 @@ def run_folder(stage: str, args: argparse.Namespace, preset: str, options: Optio
     parts += [preset] if preset != "report" else []
     folder = args.out or Path("runs") / "-".join([*parts, f"seed{options.seed}"])
     check_folder(folder)
+    if args.precision == "auto" and recorded_setting(folder, "precision") in PRECISION_NAMES:
+        args.precision = recorded_setting(folder, "precision")
     return folder
 
 
@@ -140,10 +166,12 @@ def open_run(
         "validation": args.validation,
         "data": {s.name: [len(s.clips), len(s.captions), s.digest] for s in splits},
         "init": args.init,
+        "tokenizer": hashlib.sha256(model.tokenizer.to_str().encode()).hexdigest()[:16],
         "model": dataclasses.asdict(model.config),
         "precision": precision_name(model.precision),
         **dataclasses.asdict(options),
         **more,
+        **{name: getattr(args, name) for name in ("data_dir", "cache_dir", "device")},
     }
     return Run(folder, settings, writes=processes.first)
 
@@ -185,7 +213,7 @@ def announce(
     print(f"run         {trainer.run.folder}{begun}", flush=True)
 
 
-def finish(trainer: Trainer, ended_by: signal.Signals | None) -> int:
+def finish(trainer: Trainer, ended_by: signal.Signals | None, args: argparse.Namespace) -> int:
     """Say how a run ended and what comes next; returns the exit status."""
     trainer.processes.end()
     run = trainer.run
@@ -199,6 +227,14 @@ def finish(trainer: Trainer, ended_by: signal.Signals | None) -> int:
             print(
                 f"Done after step {trainer.step:,}. Best validation {SELECTION_METRIC} "
                 f"{100 * trainer.best:.2f} %: {run.best}\n"
-                f"Next: python evaluate.py --split test --checkpoint {run.best}"
+                f"Next: {_next_command(run.best, args)}"
             )
     return 130 if ended_by == signal.SIGINT else 0
+
+
+def _next_command(checkpoint: Path, args: argparse.Namespace) -> str:
+    if not any(name in NAMED_DATASETS for name in args.datasets):
+        sounds = args.datasets[0]
+        return f'python -m dualenc.search "..." --audio {sounds} --checkpoint {checkpoint}'
+    place = f" --data-dir {args.data_dir}" if args.data_dir != Path("data") else ""
+    return f"python evaluate.py --split test --checkpoint {checkpoint}{place}"

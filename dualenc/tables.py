@@ -34,12 +34,23 @@ def spans(intervals: dict[str, tuple[float, float]], sign: str = "") -> dict[str
     }
 
 
+def coverage(split: Split) -> str:
+    """How many of a split's clips were found; empty where it is all of them."""
+    if not split.missing:
+        return ""
+    found, total = len(split.clips), len(split.clips) + len(split.missing)
+    whose = "the report" if split.name.startswith("clotho/") else "published figures"
+    return f"{found:,} of {total:,} clips found: not comparable with {whose}"
+
+
 def of_one(evaluation: Evaluation) -> tuple[str, dict]:
-    """One model: every figure and its interval."""
+    """One model: every figure, its interval, and how many queries it is the mean of."""
     lines: list[Line] = []
     for name, values in evaluation.results.items():
         lines.append((name + seen_mark(evaluation), percent(values)))
-        lines.append(("  95 % interval", spans(evaluation.intervals[name])))
+        queries = len(evaluation.rows[name].ranks)
+        label = f"  95 % interval, {queries:,} queries"
+        lines.append((label, spans(evaluation.intervals[name])))
     return table(lines), plain(evaluation)
 
 
@@ -70,7 +81,9 @@ def of_runs(runs: Sequence[Evaluation]) -> tuple[str, dict]:
     lines: list[Line] = []
     for name in means:
         lines.append((name, {}))
-        lines += [(f"  {e.name}{seen_mark(e)}", percent(e.results[name])) for e in runs]
+        for each in runs:
+            lines.append((f"  {each.name}{seen_mark(each)}", percent(each.results[name])))
+            lines.append(("    95 % interval", spans(each.intervals[name])))
         lines.append((f"  mean of {len(runs)} runs", percent(means[name])))
         lines.append(("  standard deviation", percent(deviations[name])))
     models = [plain(each) for each in runs]
@@ -80,7 +93,8 @@ def of_runs(runs: Sequence[Evaluation]) -> tuple[str, dict]:
 def plain(evaluation: Evaluation) -> dict:
     """The numbers of one model, for JSON."""
     names = ("name", "seen", "results", "intervals")
-    return {name: getattr(evaluation, name) for name in names}
+    queries = {name: len(row.ranks) for name, row in evaluation.rows.items()}
+    return {name: getattr(evaluation, name) for name in names} | {"queries": queries}
 
 
 def seen_mark(evaluation: Evaluation) -> str:
@@ -112,18 +126,24 @@ def is_reports_split(split: Split) -> bool:
 
 
 def report_lines(evaluations: Sequence[Evaluation]) -> list[Line]:
-    """The report's four rows and, above them, ours."""
+    """The report's four rows and, above them, ours with their intervals."""
     lines: list[Line] = []
-    for evaluation in evaluations:
-        values = {m: evaluation.results[TEXT_TO_AUDIO][m] for m in REPORT_METRICS}
-        new = evaluation.results.get(NEW_ANNOTATIONS, {})
-        values |= {f"new {m}": new[m] for m in ("mAP@10", "mAP@16") if new}
-        lines.append((evaluation.name + seen_mark(evaluation), percent(values)))
+    for each in evaluations:
+        values, intervals = (_reports_columns(x) for x in (each.results, each.intervals))
+        lines.append((each.name + seen_mark(each), percent(values)))
+        lines.append(("  95 % interval", spans(intervals)))
     for name, (column, *figures) in REPORT_TABLE.items():
         cells = {column: f"{figures[0]:.2f}"}
         cells |= {m: f"{v:.2f}" for m, v in zip(REPORT_METRICS, figures[1:], strict=True)}
         lines.append((f"report: {name}", cells))
     return lines
+
+
+def _reports_columns(rows: dict[str, dict]) -> dict:
+    """Of the results or intervals of all rows those that the report has, by its columns."""
+    new = rows.get(NEW_ANNOTATIONS, {})
+    columns = {metric: rows[TEXT_TO_AUDIO][metric] for metric in REPORT_METRICS}
+    return columns | {f"new {metric}": new[metric] for metric in ("mAP@10", "mAP@16") if new}
 
 
 def report_table(evaluations: Sequence[Evaluation]) -> str:

@@ -193,6 +193,8 @@ class Trainer:
         loader = DataLoader(
             batches, batch_size=None, sampler=range(self.step, end), num_workers=options.workers,
             pin_memory=self.model.device.type == "cuda", worker_init_fn=_leave_signals_to_parent,
+            # Python 3.14 would start workers afresh and copy the memory-mapped cache to each.
+            multiprocessing_context="fork" if options.workers else None,
         )
         with stop_signals() as stop, self._progress_bar(batches, end) as bar:
             for batch in loader:
@@ -222,10 +224,16 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        losses = step_gradients(
-            self.model, batch, self.loss_of, self.processes, (self.options.seed, self.step),
-            self.options.micro_batch, self.scaler.scale,
-        )
+        try:
+            losses = step_gradients(
+                self.model, batch, self.loss_of, self.processes, (self.options.seed, self.step),
+                self.options.micro_batch, self.scaler.scale,
+            )
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"step {self.step}: the GPU's memory is too small for this batch; --micro-batch 8 "
+                "computes the same gradient in less"
+            ) from error
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.model.config.learn_tau:
@@ -268,7 +276,8 @@ class Trainer:
         if is_best:
             self.run.save_best(self.model.checkpoint(), metrics, epoch)
         self.run.log(step=self.step, epoch=epoch, **losses, validation=metrics)
-        write_curves([self.run.folder], self.run.folder / "curves.svg")
+        if self.processes.first:
+            write_curves([self.run.folder], self.run.folder / "curves.svg")
 
     def _progress_bar(self, batches: PairBatches, end: int) -> tqdm:
         pairs = len(batches.clip_of_pair)

@@ -18,10 +18,12 @@ import torch
 from hear21passt.models import passt
 from transformers import RobertaConfig, RobertaForMaskedLM, RobertaTokenizer
 
-from dualenc.miniature import write_miniature
-from dualenc.text import train_tokenizer
-
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from dualenc.miniature import write_miniature  # noqa: E402 - found through the line above
+from dualenc.text import train_tokenizer  # noqa: E402
+
 WORDS = ["a dog barks and rain falls while a bell rings far away"]
 
 
@@ -32,7 +34,7 @@ def write_passt(torch_home: Path, depth: int = 12) -> None:
         num_classes=527, distilled=True,
     )
     folder = torch_home / "hub/checkpoints"
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), folder / "passt-s-f128-p16-s16-ap.468.pt")
 
 
@@ -47,7 +49,7 @@ def write_roberta(hf_home: Path, **sizes) -> None:
     snapshot = repository / "snapshots/0000"
     RobertaForMaskedLM(RobertaConfig(**large | sizes)).save_pretrained(snapshot)
     RobertaTokenizer(tokenizer_object=train_tokenizer(WORDS, 1000)).save_pretrained(snapshot)
-    (repository / "refs").mkdir()
+    (repository / "refs").mkdir(exist_ok=True)
     (repository / "refs/main").write_text("0000")
 
 

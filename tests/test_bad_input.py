@@ -548,8 +548,9 @@ def test_other_settings_are_refused_and_named_with_both_values(
     data = shutil.copytree(miniature, tmp_path / "data")
     table = data / "CLOTHO_v2.1/clotho_csv_files/clotho_captions_development.csv"
     table.write_text(table.read_text().replace(" the ", " that ", 1))
-    (line,) = refused(train, *TINY, "--out", "run", "--data-dir", data)
-    assert "clips, captions and digest of clotho/development: was [10, 50, " in line
+    lines = refused(train, *TINY, "--out", "run", "--data-dir", data)
+    words = "clips, captions and digest of clotho/development: was [10, 50, "
+    assert any(words in line for line in lines)
 
 
 BAD_STATES = {

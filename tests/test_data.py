@@ -143,14 +143,21 @@ def test_the_cache_is_built_once_and_again_only_for_changed_files(clotho, tmp_pa
         np.testing.assert_array_equal(waveform, to_int16(decode(clip.path)))
 
 
-def test_unusable_files_are_listed_together_and_nothing_is_left_behind(clotho, tmp_path):
-    clotho.clips[0].path.write_bytes(b"")
-    clotho.clips[3].path.write_text("not a sound")
+def test_unusable_files_are_listed_together_and_the_others_stay_decoded(clotho, tmp_path):
+    good = [to_int16(decode(clip.path)) for clip in clotho.clips]
+    for i, content in ((0, b""), (3, b"not a sound")):
+        clotho.clips[i].path.write_bytes(content)
     with pytest.raises(InputError) as error:
         open_cache(clotho, tmp_path / "cache")
     message = str(error.value)
-    assert clotho.clips[0].name in message and clotho.clips[3].name in message
-    assert "(2)" in message and not list((tmp_path / "cache").iterdir())
+    assert clotho.clips[0].name in message and clotho.clips[3].name in message and "(2)" in message
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # samples of the others, and their index
+    for i in (0, 3):
+        soundfile.write(clotho.clips[i].path, good[i], 32_000)
+    cache = open_cache(clotho, tmp_path / "cache")
+    assert [len(waveform) for waveform in cache] == [len(waveform) for waveform in good]
+    np.testing.assert_array_equal(cache[3], good[3])
+    assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_a_damaged_cache_is_built_again(clotho, tmp_path):

@@ -209,6 +209,8 @@ def test_script_prints_and_writes_the_same_numbers(
         (line,) = [line for line in out.splitlines() if line.startswith(f"{row}  ")]
         shown = [float(cell) for cell in line.split()[-5:]]
         assert shown == [round(100 * numbers["results"][row][m], 2) for m in METRICS]
+    assert numbers["queries"]["audio to text"] == len(split.clips)
+    assert f"95 % interval, {len(split.captions)} queries" in out
     assert "report:" not in out  # 6 clips are not Clotho's test split
 
 
@@ -229,6 +231,7 @@ def test_script_compares_averages_and_joins(run_script, checkpoint, tiny, tmp_pa
     out = run_script("--compare", checkpoint, tmp_path / "b/best.pt")
     assert all(label in out for label in ("a.pt", "b/best.pt", "second - first", "above zero in"))
     out = run_script("--seeds", checkpoint, str(tmp_path / "[bc]"), "--json", tmp_path / "s.json")
+    assert out.count("95 % interval") == 3 * 3  # of each run, each row
     assert "mean of 3 runs" in out and "standard deviation" in out
     assert len(json.loads((tmp_path / "s.json").read_text())["models"]) == 3
     both = run_script("--ensemble", checkpoint, checkpoint)
@@ -268,6 +271,8 @@ def test_script_writes_submissions(run_script, checkpoint, miniature, tmp_path):
         (["--submission", "x.csv", "--audio", "."], "--audio needs --queries"),
         (["--submission", "x.csv", "--top", "7"], "there are only 6 clips"),
         (["--submission", "x.csv", "--compare", "a.pt", "b.pt"], "takes one --checkpoint"),
+        (["--submission", "x", "--queries", "q", "--json", "r"], "--json and --annotations are"),
+        (["--submission", "x", "--queries", "q", "--annotations", "a"], "--queries have none"),
         (["--top", "3"], "go with --submission"),
         (["--compare", "a.pt", "b.pt", "--ensemble", "c.pt"], "not allowed with"),
     ],

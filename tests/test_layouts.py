@@ -1,6 +1,7 @@
 """Where people's data already lies: every layout that is read, and the check of what is there."""
 
 import csv
+import os
 import shutil
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import soundfile
 
 from dualenc import InputError, check
+from dualenc.audio import decode
 from dualenc.layouts import AUDIOCAPS_NAMINGS, read_split, splits_in
 
 
@@ -132,7 +134,7 @@ def test_check_of_sound_data_finds_nothing(miniature, capsys):
     )
 
 
-def test_check_finds_ten_planted_faults(miniature, tmp_path, capsys):
+def test_check_finds_every_planted_fault(miniature, tmp_path, capsys):
     shutil.copytree(miniature, tmp_path, dirs_exist_ok=True)
     paths = [clip.path for clip in read_split("clotho", "train", tmp_path).clips]
     test, audiocaps = (
@@ -158,13 +160,31 @@ def test_check_finds_ten_planted_faults(miniature, tmp_path, capsys):
         f"{paths[2].name}: unreadable: cannot be decoded (Format not recognised.)",
         f"{paths[3].name}: silent",
         f"{paths[4].name}: silent",
-        f"{paths[5].name}: empty: holds no samples",
+        f"{paths[5].name}: unreadable: holds no samples",
         f"{paths[6].name}: too short: 0.100 s",
-        f"{paths[7].name}: unreadable: holds NaN or infinite samples",
+        f"{paths[7].name}: unreadable: holds NaN, infinite or unscaled samples",
         f"{test.name}: duplicated: the same sound as clotho/development: {paths[8].name}",
         f"{audiocaps.name}: duplicated: the same sound as clotho/development: {paths[9].name}",
     ]
     assert lines[-1] == "10 faults"
+
+
+def test_check_refuses_what_training_refuses(tmp_path):
+    noise = np.random.default_rng(0).normal(0, 0.1, 44_100)
+    cut, loud, slow, pipe = (tmp_path / f"{name}.wav" for name in ("cut", "loud", "slow", "pipe"))
+    soundfile.write(cut, noise, 44_100)
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    soundfile.write(loud, noise * 1e5, 44_100, "FLOAT")
+    soundfile.write(slow, noise, 500)
+    os.mkfifo(pipe)
+    for path in (cut, loud, slow, pipe, tmp_path / "gone.wav"):
+        with pytest.raises(InputError) as error:
+            decode(path)
+        assert check.examine(path).fault.removeprefix("unreadable: ") in str(error.value)
+    assert "is cut off" in check.examine(cut).fault
+    odd = tmp_path / os.fsdecode(b"\xff.wav")
+    soundfile.write(os.fsencode(odd), noise, 44_100, format="WAV")
+    assert check.examine(odd).fault is None
 
 
 def test_check_goes_on_after_a_split_that_cannot_be_read(tmp_path, capsys):

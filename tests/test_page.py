@@ -178,6 +178,8 @@ def test_on_the_reports_split_its_table_stands_beside(split, embeddings):
     audio, text = (side.repeat(35, 1) for side in embeddings)
     evaluation = evaluate("x", whole, audio[:CLOTHO_TEST_CLIPS], text[: 2 * CLOTHO_TEST_CLIPS])
     html = page._results(evaluation)
+    low, high = evaluation.intervals["text to audio"]["R@5"]
+    assert f"<td>{100 * low:.2f}..{100 * high:.2f}</td>" in html
     assert "report: Clotho + AudioCaps, distilled" in html and "<td>37.21</td>" in html
 
 
@@ -193,8 +195,9 @@ def test_the_groups_of_queries_by_hand(split, embeddings):
 
 def test_a_split_smaller_than_a_group(split, embeddings, tmp_path):
     audio, text = embeddings
-    small = Split("tiny/test", split.clips[:2], [], "folder")
+    small = Split("tiny/test", split.clips[:2], ["gone.wav"], "folder")
     page.write_evaluation(tmp_path / "page.html", evaluate("x", small, audio[:2], text[:4]))
+    assert "2 of 3 clips found: not comparable" in (tmp_path / "page.html").read_text()
     assert len(cards((tmp_path / "page.html").read_text())) == 4 * 4
 
 
@@ -218,12 +221,22 @@ def test_sounds_are_held_once_and_up_to_the_limit(tmp_path):
     paths[0].parent.mkdir()
     for path in paths:
         soundfile.write(path, np.sin(np.arange(64_000) * 0.02), 32_000)
-    sounds = Players(tmp_path / "page.html", room=20_000)  # two of some 9 kB each
+    sounds = Players(tmp_path / "page.html", room=22_000)  # two of some 9 kB each
     players = [sounds.player(path, "a & b", start) for path in paths for start in (0, 20)]
     assert len(sounds.embedded) == 2
     assert ['data-sound="0"' in p for p in players] == [True, True, False, False, False, False]
     assert 'src="sub/2%20%231%25.wav#t=20"' in players[-1]
     assert 'data-from="#t=20"' in players[1] and 'aria-label="a &amp; b"' in players[0]
+
+
+def test_a_sound_that_is_gone_or_too_large_is_linked(tmp_path):
+    noise = tmp_path / "noise.wav"  # takes more in mp3 than is estimated
+    soundfile.write(noise, np.random.default_rng(0).uniform(-1, 1, 64_000), 32_000)
+    (tmp_path / "bad.wav").write_bytes(b"RIFF")
+    sounds = Players(tmp_path / "page.html", room=12_000)
+    for name in ("gone.wav", "bad.wav", "noise.wav"):
+        assert f'src="{name}"' in sounds.player(tmp_path / name, name)
+    assert sounds.embedded == [] and sounds.room == 12_000
 
 
 def test_times_and_shares_by_hand():

@@ -156,6 +156,34 @@ def test_equal_scores_keep_the_order_of_files_and_count_as_not_lower(model):
     assert [m.above for m in index.nearest(query, 2)[0]] == pytest.approx([0.8, 0])
 
 
+def test_shares_are_exact(model):
+    vectors = np.zeros((10, model.config.embedding), np.float32)
+    vectors[:, 0] = np.linspace(1, 0.1, 10)
+    vectors[:, 1] = np.sqrt(1 - vectors[:, 0] ** 2)
+    query = torch.eye(model.config.embedding)[:1]
+    (found,) = with_vectors(model, vectors, [1] * 10).nearest(query)
+    assert [m.above for m in found] == [k / 10 for k in range(9, -1, -1)]
+
+
+def test_an_index_of_nothing(model, folder, tmp_path):
+    (folder / "notes.txt").write_text("x")
+    (tmp_path / "bad.wav").write_bytes(b"x")
+    empty = SoundIndex.build(model, [folder / "notes.txt", tmp_path / "bad.wav"])
+    assert len(empty) == 0 and len(empty.faults) == 2
+    assert empty.search("rain") == []
+    empty.save(tmp_path / "index")
+    with pytest.raises(InputError, match="not an index"):
+        SoundIndex.load(tmp_path / "index", model)
+
+
+def test_where_nothing_is_new_nothing_is_written(model, folder, tmp_path, monkeypatch):
+    index = build(model, folder)
+    (folder / "bad.wav").write_bytes(b"x")
+    again = index.updated(sounds.sounds_below(folder)[0], tmp_path / "index")
+    assert again is index and len(index.faults) == 1
+    assert not (tmp_path / "index").exists()
+
+
 def test_a_sound_finds_itself_where_it_lies_in_a_long_file(model, tmp_path):
     rng = np.random.default_rng(1)
     long = 0.1 * rng.standard_normal(45 * SAMPLE_RATE)
@@ -361,10 +389,22 @@ def test_sentence_after_sentence_without_audio(command, folder, tmp_path, capsys
     command("a car", "--audio", folder, "--index", index)
     assert not (folder / search.INDEX_NAME).exists()
     capsys.readouterr()
-    monkeypatch.setattr(sys, "stdin", io.StringIO("a dog barks\n  \nrain falls\n"))
+    typed = io.BytesIO(b"a dog barks\n  \nrain\xff falls\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(typed, encoding="utf-8"))
     command("--index", index, "--json")
     answered = [json.loads(line)["query"] for line in capsys.readouterr().out.splitlines()]
-    assert answered == ["a dog barks", "rain falls"]
+    assert answered == ["a dog barks", "rain\ufffd falls"]
+    command(os.fsdecode(b"rain\xff"), "--index", index, "--json")
+    assert json.loads(capsys.readouterr().out)["query"] == "rain?"
+
+
+def test_another_tokenizer(command, folder, model, tmp_path, capsys):
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_text(model.tokenizer.to_str())
+    command("rain", "--audio", folder, "--json", "--tokenizer", tokenizer)
+    assert len(json.loads(capsys.readouterr().out)["matches"]) == 3
+    with pytest.raises(InputError, match="gone.json"):
+        command("rain", "--audio", folder, "--tokenizer", tmp_path / "gone.json")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import http.client
 import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,6 +101,19 @@ def test_it_serves_nothing_else(server, path):
     assert status == 404 and b"secret" not in body
 
 
+def test_what_is_no_address_is_a_bad_request(server):
+    assert ask(server, "http://[")[0] == 400
+
+
+def test_only_a_browser_that_breaks_off_is_passed_over(server, capsys):
+    for error, said in ((ConnectionResetError(), False), (RuntimeError("odd"), True)):
+        try:
+            raise error
+        except (ConnectionError, RuntimeError):
+            server.handle_error(None, ("127.0.0.1", 1))
+        assert ("odd" in capsys.readouterr().err) == said
+
+
 def test_a_page_elsewhere_cannot_ask(server):
     # DNS rebinding: a foreign name that has come to mean this machine.
     for host in ("evil.example", f"evil.example:{server.server_port}", "127.0.0.1"):
@@ -114,10 +128,15 @@ def test_a_forged_index_leads_nowhere(server):
     index = SoundIndex(server.index.model, server.index.root)
     for name in ("names", "files", "embeddings", "segments"):
         setattr(index, name, getattr(server.index, name).copy())
-    forged = os.fsencode("../../../../../../../../../etc/passwd")
-    index.names = np.frombuffer(forged + b"/etc/passwd", np.uint8)
+    forged = os.fsencode("../../../../../../../../../etc/passwd.wav")
+    index.names = np.frombuffer(forged + b"/etc/passwd.wav", np.uint8)
     index.files["name_end"] = [len(forged), len(index.names)]
     with pytest.raises(InputError, match="names a file outside of"):
+        index.path(0)
+    index.root = Path("/etc")  # a forged root, and a name below it
+    index.names = np.frombuffer(b"passwdshadow", np.uint8)
+    index.files["name_end"] = [6, 12]
+    with pytest.raises(InputError, match="passwd: the index names what is no sound file"):
         index.path(0)
     with Server(index) as other:
         threading.Thread(target=other.serve_forever).start()
