@@ -95,6 +95,8 @@ def open_cache(split: Split, folder: Path, processes: int | None = None) -> Audi
                 else:
                     file.write(waveform)
                     files.append([*stamp, len(waveform)])
+        if not files:
+            raise _unusable(split, faults)
     samples_path = _samples_path(index_path, [row[:3] for row in files])
     os.replace(building, samples_path)
     with replacing(index_path) as temporary:
@@ -103,8 +105,12 @@ def open_cache(split: Split, folder: Path, processes: int | None = None) -> Audi
         if stale != samples_path:  # who has it open goes on reading it
             stale.unlink(missing_ok=True)
     if faults:  # what could be decoded is kept for the next time
-        raise InputError.of(f"{split.name}: sound files that cannot be used", faults)
+        raise _unusable(split, faults)
     return AudioCache(samples_path, [row[3] for row in files])
+
+
+def _unusable(split: Split, faults: list[str]) -> InputError:
+    return InputError.of(f"{split.name}: sound files that cannot be used", faults)
 
 
 def _stamps(split: Split) -> list[list]:

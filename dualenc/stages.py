@@ -171,7 +171,6 @@ def open_run(
         "precision": precision_name(model.precision),
         **dataclasses.asdict(options),
         **more,
-        **{name: getattr(args, name) for name in ("data_dir", "cache_dir", "device")},
     }
     return Run(folder, settings, writes=processes.first)
 

@@ -177,7 +177,8 @@ def test_many_faults_are_the_first_twenty_and_how_many_more(refused, sounds):
     for i in range(50):
         (sounds / f"{i}.wav").write_bytes(b"")
     lines = refused(train, "--datasets", sounds, *TINY)
-    assert len(lines) == 22 and lines[-1].strip() == "and 25 more"
+    assert lines[0].endswith("(45):") and lines[21].strip() == "and 25 more"
+    assert len(lines) == 22 + 1 + 5  # those of the tenth that is held out are listed, too
 
 
 def test_a_sound_that_may_not_be_read(checkpoint):
