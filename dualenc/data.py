@@ -80,37 +80,30 @@ def open_cache(split: Split, folder: Path, processes: int | None = None) -> Audi
     """
     stamps = _stamps(split)
     index_path = folder / f"{split.file_stem}.json"
+    samples_path = _samples_path(index_path, stamps)
     old = _read_index(index_path)
-    if old is not None and [row[:3] for row in old] == stamps:
-        return AudioCache(_samples_path(index_path, stamps), [row[3] for row in old])
+    if old is not None and [row[:3] for row in old] == stamps and all(row[3] for row in old):
+        return AudioCache(samples_path, [row[3] for row in old])
 
     files, faults = [], []
-    building = folder / f"{split.file_stem}.{os.getpid()}.int16"
-    with replacing(building) as temporary:
+    with replacing(samples_path) as temporary:
         decoding = _decoded(split, stamps, old, index_path, processes)
         with open(temporary, "wb") as file, decoding as waveforms:
             for stamp, waveform in zip(stamps, waveforms, strict=True):
                 if isinstance(waveform, str):
                     faults.append(waveform)
+                    files.append([*stamp, 0])
                 else:
                     file.write(waveform)
                     files.append([*stamp, len(waveform)])
-        if not files:
-            raise _unusable(split, faults)
-    samples_path = _samples_path(index_path, [row[:3] for row in files])
-    os.replace(building, samples_path)
     with replacing(index_path) as temporary:
         temporary.write_text(json.dumps({"format": CACHE_FORMAT, "files": files}))
     for stale in folder.glob(f"{glob.escape(split.file_stem)}.*.int16"):
         if stale != samples_path:  # who has it open goes on reading it
             stale.unlink(missing_ok=True)
     if faults:  # what could be decoded is kept for the next time
-        raise _unusable(split, faults)
+        raise InputError.of(f"{split.name}: sound files that cannot be used", faults)
     return AudioCache(samples_path, [row[3] for row in files])
-
-
-def _unusable(split: Split, faults: list[str]) -> InputError:
-    return InputError.of(f"{split.name}: sound files that cannot be used", faults)
 
 
 def _stamps(split: Split) -> list[list]:
@@ -130,7 +123,8 @@ def _samples_path(index_path: Path, stamps: list[list]) -> Path:
 def _read_index(path: Path) -> list[list] | None:
     """The rows of a complete cache's index: [name, bytes, nanoseconds, samples].
 
-    None where there is none, or another version or something else wrote it: it is made anew.
+    A file that could not be used has no samples. None where there is no index, or another version
+    or something else wrote it: it is made anew.
     """
     try:
         if path.stat().st_size > MAX_INDEX_BYTES:
@@ -142,10 +136,10 @@ def _read_index(path: Path) -> list[list] | None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     right = all(
-        len(row) == 4 and isinstance(row[0], str) and type(row[3]) is int and row[3] > 0
+        len(row) == 4 and isinstance(row[0], str) and type(row[3]) is int and row[3] >= 0
         for row in rows
     )
-    return rows if right and complete and index["format"] == CACHE_FORMAT else None
+    return rows if right and total and complete and index["format"] == CACHE_FORMAT else None
 
 
 @contextlib.contextmanager
@@ -157,7 +151,7 @@ def _decoded(
     if old is not None:
         samples_path = _samples_path(index_path, [row[:3] for row in old])
         cache = AudioCache(samples_path, [row[3] for row in old])
-        known = {row[0]: (row[:3], i) for i, row in enumerate(old)}
+        known = {row[0]: (row[:3], i) for i, row in enumerate(old) if row[3]}
     reusable = [known[s[0]][1] if known.get(s[0], (0,))[0] == s else None for s in stamps]
     paths = [c.path for c, place in zip(split.clips, reusable, strict=True) if place is None]
     workers = max(1, min(processes or os.cpu_count() or 1, len(paths)))

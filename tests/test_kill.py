@@ -49,6 +49,7 @@ def command(script: str, arguments: list[str], folder: Path) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # for its workers, as in a new process
     training.write_curves = lambda runs, out: None  # most of the time, and nothing is resumed of it
     sys.argv = [f"{script}.py", *OPTIONS, *arguments]
     run(__import__(script).main)

@@ -61,7 +61,7 @@ BATCHES = {
 }
 
 
-@pytest.mark.parametrize(("name", "tau"), itertools.product(BATCHES, TAU_BOUNDS))
+@pytest.mark.parametrize(("name", "tau"), list(itertools.product(BATCHES, TAU_BOUNDS)))
 def test_batches_give_finite_losses_and_gradients(name, tau):
     audio, text, clip_ids = BATCHES[name]
     audio, text = (side.clone().requires_grad_() for side in (audio, text))
