@@ -82,8 +82,8 @@ def add_device_options(parser: Parser) -> None:
     )
     group.add_argument(
         "--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
-        help="of the two towers; losses and metrics are always fp32 (default auto: bf16 where the "
-        "hardware has it, else fp16 on a GPU and fp32 on a CPU)",
+        help="of the two towers; losses and metrics are always fp32 (default auto: bf16 where it "
+        "is fast, which is measured on a CPU, else fp16 on a GPU and fp32 on a CPU)",
     )
 
 
