@@ -143,10 +143,10 @@ def stored_name(key: str, precision: torch.dtype | None, caches: list[AudioCache
 def distillation(teachers: list[tuple[torch.Tensor, torch.Tensor]], weights: tuple[float, float]):
     """Section 2's final loss: both objectives, weighted (contrastive, distillation)."""
 
-    def loss_of(audio, text, batch, tau):
-        teacher_audio = [clips[batch.clip_ids.cpu()].to(audio.device) for clips, _ in teachers]
-        teacher_text = [captions[batch.pair_ids.cpu()].to(text.device) for _, captions in teachers]
-        contrastive = contrastive_loss(audio, text, batch.clip_ids, tau)
+    def loss_of(audio, text, clip_ids, pair_ids, tau):
+        teacher_audio = [clips[clip_ids] for clips, _ in teachers]
+        teacher_text = [captions[pair_ids] for _, captions in teachers]
+        contrastive = contrastive_loss(audio, text, clip_ids, tau)
         distilled = distillation_loss(audio, text, teacher_audio, teacher_text, tau)
         loss = weights[0] * contrastive + weights[1] * distilled
         return {"loss": loss, "contrastive": contrastive, "distillation": distilled}
@@ -179,7 +179,9 @@ def main() -> int:
     teachers = []
     for path, key in zip(args.teachers, keys, strict=True):
         stored = out.parent / "teachers" / stored_name(key, model.precision, caches)
-        teachers.append(teacher_embeddings(path, stored, pairs, args, processes))
+        embeddings = teacher_embeddings(path, stored, pairs, args, processes)
+        # Beside the student, where a step looks them up: 94 MB a teacher, for Clotho.
+        teachers.append(tuple(side.to(processes.device) for side in embeddings))
 
     batches = PairBatches(
         pairs, model.tokenizer, options.batch_size, options.captions_per_clip, options.seed,

@@ -45,9 +45,9 @@ def parse_arguments():
     return args
 
 
-def loss_of(audio, text, batch, tau):
+def loss_of(audio, text, clip_ids, pair_ids, tau):
     """Section 2's L_contrastive."""
-    return {"loss": contrastive_loss(audio, text, batch.clip_ids, tau)}
+    return {"loss": contrastive_loss(audio, text, clip_ids, tau)}
 
 
 def main() -> int:

@@ -42,9 +42,9 @@ def main():
     model.precision = choose_precision("auto", device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     tokens = tokenize(model.tokenizer, captions)
-    batch = batch_of(random_clips([10.0] * args.pairs), tokens).to(device)
+    batch = batch_of(random_clips([10.0] * args.pairs), tokens)
     teachers = [
-        tuple(F.normalize(torch.randn(n, 1024), dim=1) for n in (CLIPS, CAPTIONS))
+        tuple(F.normalize(torch.randn(n, 1024), dim=1).to(device) for n in (CLIPS, CAPTIONS))
         for _ in range(TEACHERS)
     ]
 

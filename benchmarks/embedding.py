@@ -1,6 +1,6 @@
 """Embedding for evaluation: 12 clips of 15 to 30 s with 5 captions each, ours against plain.
 
-    python benchmarks/embedding.py [--clips 12] [--rounds 3] [--device auto]
+    python benchmarks/embedding.py [--clips 12] [--rounds 2] [--device auto]
 
 The plain recipe (benchmarks/plain.py) encodes a clip once per caption. Report-size model, random
 weights, noise.
@@ -30,7 +30,7 @@ PLAIN_BATCH = 12  # pairs
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--clips", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     device = Processes.start(args.device).device
@@ -58,22 +58,32 @@ def main():
         worst = max(
             (a - b).abs().max().item() for a, b in zip(embed_ours(), embed_plain(), strict=True)
         )
-        print(f"agreement: embeddings within {worst:.1e}")
+        print(f"agreement: embeddings within {worst:.1e}", flush=True)
         assert worst < 1e-4
-    equal = torch.float16 if device.type == "cuda" else None
-    default = choose_precision("auto", device)
+    precisions = {
+        "equal precision": torch.float16 if device.type == "cuda" else None,
+        "our defaults": choose_precision("auto", device),
+    }
+
+    def in_precision(precision, function, *what):
+        def call():
+            ours.precision = precision
+            function(*what)
+
+        return call
+
+    sides = {"plain": embed_plain}
+    for label, precision in precisions.items():
+        sides[label] = in_precision(precision, embed_ours)
+        sides[f"{label}, audio"] = in_precision(precision, ours.embed_audio, clips)
+    times = medians(sides, args.rounds, device, warm_up=int(device.type == "cuda"))
     segments = sum(len(cut(clip)) for clip in clips)
-    for label, precision in {"equal precision": equal, "our defaults": default}.items():
-        ours.precision = precision
-        sides = {
-            "plain": embed_plain, "ours": embed_ours, "tower": lambda: ours.embed_audio(clips),
-        }
-        times = medians(sides, args.rounds, device)
+    for label, precision in precisions.items():
         kind = precision or torch.float32
-        rate = segments * SEGMENT_FLOP / times["tower"]
+        rate = segments * SEGMENT_FLOP / times[f"{label}, audio"]
         print(
             f"{label:16} ({str(kind)[6:]:8}) plain {times['plain']:7.3f} s, ours "
-            f"{times['ours']:7.3f} s: {times['plain'] / times['ours']:.2f} times; audio tower "
+            f"{times[label]:7.3f} s: {times['plain'] / times[label]:.2f} times; audio tower "
             f"{rate / 1e9:,.0f} GFLOP/s, {100 * rate / matrix_rate(device, kind):.0f} % of the "
             "matrix rate", flush=True,
         )

@@ -64,7 +64,7 @@ def measure(size: int, micro_batch: int, device: str, precision: str) -> dict:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    batch = random_batch(size).to(processes.device)
+    batch = random_batch(size)
 
     clock = time.perf_counter if on_gpu else time.process_time
     for step in range(1 + on_gpu):  # a GPU's first step also chooses kernels

@@ -53,26 +53,23 @@ def ranks(text: Tensor, audio: Tensor, relevant: Sequence[Sequence[int]]) -> lis
     counts = torch.tensor([len(found) for found in relevant])
     query = torch.repeat_interleave(torch.arange(len(counts)), counts)  # (P,)
     candidate = torch.tensor([index for found in relevant for index in found])  # (P,)
-    rows = max(1, BLOCK_BYTES // (4 * len(audio)))
-    found = torch.cat(
-        [
-            _ranks_of_pairs(text[q], audio, c)
-            for q, c in zip(query.split(rows), candidate.split(rows), strict=True)
-        ]
-    )
+    block = torch.empty(max(1, BLOCK_BYTES // (4 * len(audio))), len(audio))  # used again and again
+    found = torch.empty_like(query)
+    for pairs in torch.arange(len(query)).split(len(block)):
+        similarity = torch.mm(text[query[pairs]], audio.T, out=block[: len(pairs)])
+        found[pairs] = _ranks_of_pairs(similarity.numpy(), candidate[pairs].numpy())
     ascending = (query * (len(audio) + 1) + found).argsort()  # query by query
     return list(found[ascending].split(counts.tolist()))
 
 
-def _ranks_of_pairs(text: Tensor, audio: Tensor, candidate: Tensor) -> Tensor:
-    similarity = (text @ audio.T).numpy()  # (rows, N)
-    candidate = candidate.numpy()[:, None]
-    own = np.take_along_axis(similarity, candidate, axis=1)
+def _ranks_of_pairs(similarity: np.ndarray, candidate: np.ndarray) -> Tensor:
+    """(rows, N), (rows,) -> (rows,) the rank of each row's candidate, from 1."""
+    own = np.take_along_axis(similarity, candidate[:, None], axis=1)
     # NumPy counts true values several times faster than torch sums them.
     ranks = 1 + np.count_nonzero(similarity > own, axis=1)
     equal = similarity == own
     tied = np.flatnonzero(np.count_nonzero(equal, axis=1) > 1)  # with more than itself
-    before = np.arange(len(audio)) < candidate[tied]
+    before = np.arange(similarity.shape[1]) < candidate[tied, None]
     ranks[tied] += np.count_nonzero(equal[tied] & before, axis=1)
     return torch.from_numpy(ranks)
 

@@ -23,8 +23,9 @@ from dualenc.losses import gather
 from dualenc.model import DualEncoder
 from dualenc.processes import Processes
 
-# (audio (B, D), text (B, D), batch, tau) -> {"loss": what is minimised, and its parts by name}
-Loss = Callable[[Tensor, Tensor, Batch, Tensor], dict[str, Tensor]]
+# (audio (B, D), text (B, D), clip_ids (B,), pair_ids (B,), tau) -> {"loss": what is minimised, and
+# its parts by name}
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], dict[str, Tensor]]
 STOPPED = "stopped, and last.pt is as it was (a lower --max-lr or --precision fp32 may help)"
 
 
@@ -44,11 +45,14 @@ def step_gradients(
     batch of one piece is embedded once.
 
     Args:
+        batch: as it was loaded, on the CPU: to cut it on a GPU would be to wait for it.
         seed: (of the run, step): of this step's dropout, patchout and jitter.
         scale: applied to the loss before its gradient is taken (fp16).
     """
-    pieces = batch.pieces(micro_batch)  # none where a last batch has fewer pairs than processes
+    # None where a last batch has fewer pairs than processes.
+    pieces = [piece.to(model.device) for piece in batch.pieces(micro_batch)]
     last = len(pieces) - 1
+    ids = [ids.to(model.device, non_blocking=True) for ids in (batch.clip_ids, batch.pair_ids)]
 
     def embed(i: int) -> Tensor:
         # Both times the same random numbers, so that both passes see the same network.
@@ -61,7 +65,7 @@ def step_gradients(
             embedded.append(embed(i))
     own = torch.cat(embedded).detach().requires_grad_()  # (B_r, 2, D)
     audio, text = gather(own, batch.sizes).unbind(dim=1)
-    losses = loss_of(audio, text, batch, model.tau)
+    losses = loss_of(audio, text, *ids, model.tau)
     # Every process computes the whole batch's loss; gradients are summed over processes.
     scale(losses["loss"] / processes.world).backward()
 

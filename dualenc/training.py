@@ -202,7 +202,7 @@ class Trainer:
                     self.step, per_epoch, options.warmup_epochs, options.decay_epochs,
                     options.max_lr, options.min_lr,
                 )
-                self._train_step(batch.to(self.model.device), rate)
+                self._train_step(batch, rate)
                 bar.update(len(batch.pair_ids))
                 in_epoch = (self.step - 1) % per_epoch + 1
                 if in_epoch % options.log_every == 0 or in_epoch == per_epoch:

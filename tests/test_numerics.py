@@ -111,7 +111,7 @@ TINY = ["--preset", "tiny", "--batch-size", 16, "--workers", 0]
 def test_a_learnt_temperature_is_held_at_its_bounds_and_says_so_once(
     command, tmp_path, monkeypatch, bound
 ):
-    def pulling(audio, text, batch, tau):  # to one side, without end
+    def pulling(audio, text, clip_ids, pair_ids, tau):  # to one side, without end
         return {"loss": tau * (1 if bound == min(TAU_BOUNDS) else -1) + 0 * audio.sum()}
 
     monkeypatch.setattr(train, "loss_of", pulling)
@@ -128,8 +128,8 @@ def test_weights_that_diverge_replace_no_checkpoint(command, monkeypatch):
     before = [open(f"run/{name}", "rb").read() for name in ("best.pt", "last.pt")]
     original = train.loss_of
 
-    def exploding(audio, text, batch, tau):
-        loss = original(audio, text, batch, tau)["loss"]
+    def exploding(*arguments):
+        loss = original(*arguments)["loss"]
         loss.register_hook(lambda gradient: gradient * torch.nan)
         return {"loss": loss}
 

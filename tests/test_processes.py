@@ -202,7 +202,7 @@ def replayed_gradients(model, split, cache, processes):
     whole = PairBatches(
         [pairs_of(split, cache)], model.tokenizer, 9, 1, 0, (processes.rank, processes.world)
     )
-    batch = whole[0].to(processes.device)
+    batch = whole[0]
     found = {}
     for precision in (None, torch.bfloat16):
         model.precision = precision
@@ -222,7 +222,8 @@ def one_graph(model, batch, processes, seed):
         torch.manual_seed(mixed_seed(*seed, processes.rank, i))
         embedded.append(embed_pairs(model, piece))
     audio, text = gather(torch.cat(embedded), batch.sizes).unbind(dim=1)
-    (train.loss_of(audio, text, batch, model.tau)["loss"] / processes.world).backward()
+    losses = train.loss_of(audio, text, batch.clip_ids, batch.pair_ids, model.tau)
+    (losses["loss"] / processes.world).backward()
     if processes.world > 1:
         for parameter in model.parameters():
             torch.distributed.all_reduce(parameter.grad)
