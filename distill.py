@@ -176,20 +176,19 @@ def main() -> int:
     )
     *caches, held_out_cache = open_caches([*splits, held_out], args, processes)
     pairs = list(zip(splits, caches, strict=True))
-    teachers = []
+    batches = PairBatches(
+        pairs, model.tokenizer, options.batch_size, options.captions_per_clip, options.seed,
+        (processes.rank, processes.world),
+    )
+    teachers: list[tuple[torch.Tensor, torch.Tensor]] = []
+    weights = args.contrastive_weight, args.distillation_weight
+    trainer = Trainer(model, distillation(teachers, weights), folder, options, processes)
+    announce(trainer, batches, [*pairs, (held_out, held_out_cache)])
     for path, key in zip(args.teachers, keys, strict=True):
         stored = out.parent / "teachers" / stored_name(key, model.precision, caches)
         embeddings = teacher_embeddings(path, stored, pairs, args, processes)
         # Beside the student, where a step looks them up: 94 MB a teacher, for Clotho.
         teachers.append(tuple(side.to(processes.device) for side in embeddings))
-
-    batches = PairBatches(
-        pairs, model.tokenizer, options.batch_size, options.captions_per_clip, options.seed,
-        (processes.rank, processes.world),
-    )
-    weights = args.contrastive_weight, args.distillation_weight
-    trainer = Trainer(model, distillation(teachers, weights), folder, options, processes)
-    announce(trainer, batches, [*pairs, (held_out, held_out_cache)])
     ended_by = trainer.fit(batches, validation(held_out, held_out_cache, processes))
     return finish(trainer, ended_by, args)
 

@@ -117,6 +117,15 @@ class DualEncoder(nn.Module):
             features = self.text(tokens)
         return F.normalize(self.text_projection(features.float()), dim=1)
 
+    def compile_blocks(self) -> None:
+        """Compile both towers block by block: one compilation serves all blocks of a tower.
+
+        Weights and their names stay as they are. Sizes are symbolic, since those of the segments
+        and captions of a batch change from step to step.
+        """
+        for block in [*self.audio.passt.blocks, *self.text.roberta.encoder.layer]:
+            block.compile(dynamic=True)
+
     def _autocast(self) -> torch.autocast:
         enabled = self.precision is not None
         return torch.autocast(self.device.type, dtype=self.precision, enabled=enabled)

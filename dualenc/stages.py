@@ -179,10 +179,21 @@ def place(model: DualEncoder, args: argparse.Namespace, processes: Processes) ->
     """Move a model to where it computes, in the precision asked for.
 
     "auto" may be measured; the first process's choice holds for all.
+
+    Raises:
+        InputError: --compile cannot work here.
     """
     own = PRECISIONS.index(choose_precision(args.precision, processes.device))
     model.precision = PRECISIONS[processes.highest(own if processes.first else 0)]
-    return model.to(processes.device)
+    model.to(processes.device)
+    if args.compile:
+        try:
+            torch.compile(torch.square)(torch.ones(2, device=processes.device))
+        except RuntimeError as error:  # no C++ compiler, no Triton, or ones that do not fit
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"--compile: cannot be done here ({reason}); leave it out") from error
+        model.compile_blocks()
+    return model
 
 
 def announce(
