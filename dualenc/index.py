@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from dualenc import InputError
 from dualenc.arrays import make_writable, read_arrays, write_arrays
-from dualenc.audio import AUDIO_SUFFIXES, SAMPLE_RATE, SEGMENT_SAMPLES, decode_blocks
+from dualenc.audio import SAMPLE_RATE, SEGMENT_SAMPLES
+from dualenc.decoding import AUDIO_SUFFIXES, decode_blocks
 from dualenc.model import DualEncoder
 from dualenc.sounds import Embedded, embed_files, file_stamp, fingerprint
 
