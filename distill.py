@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from dualenc import InputError, run
+from dualenc.cache import AudioCache
 from dualenc.checkpoints import check_tensors, read_tensors, write_tensors
-from dualenc.data import AudioCache, PairBatches
+from dualenc.data import PairBatches
 from dualenc.layouts import Split
 from dualenc.losses import contrastive_loss, distillation_loss
 from dualenc.model import DualEncoder

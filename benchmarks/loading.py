@@ -18,8 +18,10 @@ from tqdm import tqdm
 sys.path[:0] = [str(Path(__file__).parents[1])]
 
 from benchmarks.measure import machine, medians, random_captions, seconds
-from dualenc.audio import crop, cut, decode, to_int16
-from dualenc.data import PairBatches, open_cache
+from dualenc.audio import crop, cut
+from dualenc.cache import open_cache
+from dualenc.data import PairBatches
+from dualenc.decoding import decode, to_int16
 from dualenc.layouts import Clip, Split
 from dualenc.text import train_tokenizer
 

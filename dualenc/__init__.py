@@ -4,12 +4,14 @@ Here stands what every module shares: one error, one way out of a command, one w
 """
 
 import contextlib
+import fcntl
 import glob
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 MAX_LISTED_FAULTS = 20
 GRACE_SECONDS = 3  # torchrun needs a tenth of one to see that a process has failed
@@ -22,20 +24,24 @@ class InputError(ValueError):
     """
 
     def __init__(self, *lines: str):
-        super().__init__("\n  ".join(map(_printable, lines)))
+        super().__init__("\n  ".join(map(printable, lines)))
 
     @classmethod
-    def of(cls, headline: str, faults: Sequence[str]) -> "InputError":
-        """One error for several faults of one kind: the first twenty, and how many more."""
+    def of(cls, headline: str, faults: Sequence[str], more: str = "") -> "InputError":
+        """One error for several faults of one kind: the first twenty, and how many more.
+
+        Args:
+            more: follows that number, such as where to find the others.
+        """
         if len(faults) == 1:
             return cls(f"{headline}: {faults[0]}")
         lines = [f"{headline} ({len(faults)}):", *faults[:MAX_LISTED_FAULTS]]
         if len(faults) > MAX_LISTED_FAULTS:
-            lines.append(f"and {len(faults) - MAX_LISTED_FAULTS} more")
+            lines.append(f"and {len(faults) - MAX_LISTED_FAULTS} more{more}")
         return cls(*lines)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Line breaks, terminal controls and bytes that are not UTF-8 are written as escapes."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
@@ -98,14 +104,16 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         InputError: the file cannot be written (no space, no permission); the old one is intact.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unique = f"{os.urandom(4).hex()}.{os.getpid()}"  # two containers may have the same process ids
+    temporary = path.with_name(f".{path.name}.{unique}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_unfinished(path)
-        yield temporary
-        with open(temporary, "rb+") as file:
+        remove_unfinished(path.parent, glob.escape(path.name))
+        with _locked(temporary) as file:
+            yield temporary
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)
+        _sync_folder(path.parent)
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"{path}: cannot be written ({reason}); what was there is kept") from error
@@ -114,9 +122,33 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
             temporary.unlink()
 
 
-def _remove_unfinished(path: Path) -> None:
-    """Remove what processes left that were killed while they wrote this file."""
-    for unfinished in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        writer = unfinished.name.split(".")[-2]
-        if writer.isdecimal() and not Path("/proc", writer).exists():
-            unfinished.unlink(missing_ok=True)
+def remove_unfinished(folder: Path, names: str) -> None:
+    """Remove what processes left that were killed while they wrote files of these names.
+
+    Args:
+        names: a pattern, as of glob.
+    """
+    for unfinished in folder.glob(f".{names}.*.tmp"):
+        # Another's, or locked: it is being written, here, in another container or elsewhere.
+        with contextlib.suppress(OSError), open(unfinished, "rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            unfinished.unlink()
+
+
+def _locked(path: Path) -> BinaryIO:
+    """A new file, open and locked for as long as it is."""
+    while True:
+        file = open(path, "wb")
+        with contextlib.suppress(OSError):  # a file system without locks: nobody removes it, either
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if path.exists():  # else it was taken for a left one before it was locked
+            return file
+        file.close()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Else a power cut may undo that a file has taken another's place."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # some file systems sync no folders
+        os.fsync(descriptor)
+    os.close(descriptor)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dualenc import InputError, replacing
+from dualenc import InputError, remove_unfinished, replacing
 
 HEADER = "index.json"
 
@@ -42,6 +42,7 @@ def write_arrays(folder: Path, header: dict, arrays: dict[str, np.ndarray]) -> N
     with open(folder / "lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # else two writers would remove each other's arrays
         for name, path in paths.items():
+            remove_unfinished(folder, f"{name}.*.npy")
             with replacing(path) as temporary, open(temporary, "wb") as file:
                 np.save(file, arrays[name], allow_pickle=False)
         with replacing(folder / HEADER) as temporary:

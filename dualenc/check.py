@@ -6,7 +6,6 @@ FOLDER holds Clotho, AudioCaps or both, or is a plain folder with a captions.csv
 1 where anything is wrong.
 """
 
-import argparse
 import collections
 import dataclasses
 import hashlib
@@ -19,9 +18,10 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from dualenc import InputError
-from dualenc.audio import MAX_LEVEL, _check_header, unreadable
+from dualenc import InputError, printable
+from dualenc.decoding import MAX_LEVEL, check_header, unreadable
 from dualenc.layouts import Split, read_split, splits_in
+from dualenc.options import Parser
 
 SHORT_SECONDS = 0.2  # one column of PaSST's patches spans 0.16 s
 SILENT_PEAK = 1e-4  # of full scale, -80 dB: three steps of a 16-bit file
@@ -41,14 +41,14 @@ class Sound:
 def examine(path: Path) -> Sound:
     """Read a sound file from end to end and say what, if anything, is wrong with it.
 
-    What audio.decode_blocks refuses is a fault here, too.
+    What decoding.decode_blocks refuses is a fault here, too.
     """
     digest, frames, low, high = hashlib.sha256(), 0, np.inf, -np.inf
     try:
         if not path.is_file():  # to open a pipe would be to wait for it
             raise FileNotFoundError
         with soundfile.SoundFile(os.fsencode(path)) as file:
-            _check_header(file)
+            check_header(file)
             rate = file.samplerate
             while len(block := file.read(BLOCK_FRAMES, dtype="float32", always_2d=True)):
                 if not np.abs(block).max() <= MAX_LEVEL:  # NaN is not, either
@@ -121,10 +121,7 @@ def check_split(split: Split, first_with: dict[str, str]) -> tuple[str, list[str
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m dualenc.data", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(__doc__)
     parser.add_argument("what", choices=("check",))
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     folder = parser.parse_args(argv).folder
@@ -139,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
             line, faults = check_split(split, first_with)
         print(line)
         for fault in faults:
-            print(f"  {fault}")
+            print(f"  {printable(fault)}")
         total += len(faults)
     print(f"{total:,} faults" if total != 1 else "1 fault")
     return 1 if total else 0

@@ -8,6 +8,7 @@ them. What a command itself prints goes to a file beside its run.
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,7 @@ DATA = Path("data/miniature")
 RUNS = Path("runs/demo")
 AT_ONCE = 2
 POLL_S = 0.5
+FAILURE_LINES = 20  # of a command's output, where it fails
 EPOCHS = 8
 TRAINING = f"--captions-per-clip 2 --epochs {EPOCHS} --decay-epochs {EPOCHS - 1}"
 STUDENT = f"{TRAINING} --max-lr 5e-4"
@@ -67,32 +69,46 @@ def commands(seed: int) -> list[dict[str, str]]:
 
 
 def run_all(jobs: dict[str, str]) -> None:
-    """Run commands, AT_ONCE of them at a time, showing each run's validation as it comes."""
-    threads = str(max(1, (os.cpu_count() or 1) // AT_ONCE))
-    environment = os.environ | {"OMP_NUM_THREADS": threads}
-    waiting, running = list(jobs.items()), {}
-    for _, command in waiting:
+    """Run commands, AT_ONCE of them at a time, showing each run's validation as it comes.
+
+    Where one fails, or this is ended, those that still run are ended, too: they save their state.
+    """
+    waiting, running = list(jobs), {}
+    for command in jobs.values():
         print(f"$ python {command}", flush=True)
-    with tqdm(total=len(jobs), unit="run", leave=False) as bar:
-        while waiting or running:
-            while waiting and len(running) < AT_ONCE:
-                name, command = waiting.pop(0)
-                with open(RUNS / f"{name}.txt", "w") as output:
-                    running[name] = subprocess.Popen(
-                        [sys.executable, *command.split()], env=environment,
-                        stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                    )
-            time.sleep(POLL_S)
-            for name, process in list(running.items()):
-                epochs = _epochs(name)
-                if process.poll() is None:
-                    bar.set_postfix_str(f"{name}: {epochs[-1]}" if epochs else name)
-                    continue
-                del running[name]
-                if process.returncode:
-                    raise InputError(_failure(name, jobs[name]))
-                bar.update()
-                bar.write(f"  {name}: {epochs[-1]}" if epochs else f"  {name}: done")
+    try:
+        with tqdm(total=len(jobs), unit="run", leave=False) as bar:
+            while waiting or running:
+                while waiting and len(running) < AT_ONCE:
+                    name = waiting.pop(0)
+                    running[name] = _start(name, jobs[name])
+                time.sleep(POLL_S)
+                for name, process in list(running.items()):
+                    epochs = _epochs(name)
+                    if process.poll() is None:
+                        bar.set_postfix_str(f"{name}: {epochs[-1]}" if epochs else name)
+                        continue
+                    del running[name]
+                    if process.returncode:
+                        output = (RUNS / f"{name}.txt").read_text(errors="replace")
+                        lines = output.splitlines()[-FAILURE_LINES:]
+                        raise InputError(f"python {jobs[name]} failed:", *lines)
+                    bar.update()
+                    bar.write(f"  {name}: {epochs[-1]}" if epochs else f"  {name}: done")
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
+
+
+def _start(name: str, command: str) -> subprocess.Popen:
+    threads = str(max(1, (os.cpu_count() or 1) // AT_ONCE))
+    with open(RUNS / f"{name}.txt", "w") as output:
+        return subprocess.Popen(
+            [sys.executable, *command.split()], env=os.environ | {"OMP_NUM_THREADS": threads},
+            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+        )
 
 
 def _epochs(name: str) -> list[str]:
@@ -105,11 +121,6 @@ def _epochs(name: str) -> list[str]:
         for r in records
         if "validation" in r
     ]
-
-
-def _failure(name: str, command: str) -> str:
-    output = (RUNS / f"{name}.txt").read_text(errors="replace")
-    return f"python {command} failed:\n{output[-2000:]}"
 
 
 def table(seeds: list[int]) -> str:
@@ -130,17 +141,20 @@ def table(seeds: list[int]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main() -> int:
     parser = Parser(__doc__)
     parser.add_argument(
         "--seeds", type=number(int, 0), nargs="+", default=[0], metavar="N",
         help="repeat everything but the data with each, and show means and deviations (default 0)",
     )
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # see run_all
     start = time.monotonic()
     RUNS.mkdir(parents=True, exist_ok=True)
     print(f"$ python -m dualenc.miniature {DATA}", flush=True)
-    subprocess.run([sys.executable, "-m", "dualenc.miniature", str(DATA)], check=True)
+    made = subprocess.run([sys.executable, "-m", "dualenc.miniature", str(DATA)])
+    if made.returncode:  # it has said why
+        return made.returncode
     acts = [commands(seed) for seed in args.seeds]
     for act in range(3):
         run_all({name: line for seed in acts for name, line in seed[act].items()})

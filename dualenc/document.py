@@ -18,7 +18,8 @@ import numpy as np
 import soundfile
 
 from dualenc import InputError, replacing
-from dualenc.audio import SAMPLE_RATE, decode
+from dualenc.audio import SAMPLE_RATE
+from dualenc.decoding import decode
 from dualenc.index import Match
 
 EMBEDDED_BYTES = 25 * 2**20  # of sounds in one document; in base64 they take a third more

@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from dualenc import InputError
 from dualenc.arrays import make_writable, read_arrays, write_arrays
-from dualenc.audio import AUDIO_SUFFIXES, SAMPLE_RATE, SEGMENT_SAMPLES
+from dualenc.audio import SAMPLE_RATE, SEGMENT_SAMPLES
+from dualenc.decoding import AUDIO_SUFFIXES
 from dualenc.model import DualEncoder
 from dualenc.sounds import (
     Embedded,

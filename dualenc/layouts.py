@@ -7,13 +7,13 @@ import dataclasses
 import hashlib
 import json
 import os
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
 from dualenc import InputError
-from dualenc.audio import AUDIO_SUFFIXES
-from dualenc.csvfiles import read_csv, read_header
+from dualenc.csvfiles import WRONG_ROWS, read_csv, read_header
+from dualenc.decoding import AUDIO_SUFFIXES
 
 SPLITS = ("train", "val", "test")
 CLOTHO_NAMES = {"train": "development", "val": "validation", "test": "evaluation"}
@@ -258,16 +258,16 @@ def _existing(
     faults = [
         f"file name {name!r} leaves its folder"
         for name, _ in rows
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts
+        if name.startswith("/") or ".." in name.split("/")
     ]
     seen: set[str] = set()
     faults += [f"{name} stands in two rows" for name, _ in rows if name in seen or seen.add(name)]
     if faults:
-        raise InputError.of(str(table), faults)
+        raise InputError.of(f"{table}: {WRONG_ROWS}", faults)
     clips, missing = [], []
     for name, captions in rows:
         # What is there and is no file is found out, with all other faults, when it is decoded.
-        if os.path.exists(folder / name):
+        if os.path.exists(os.path.join(folder, name)):  # of a million names, not a Path each
             clips.append(Clip(name, folder / name, tuple(captions)))
         else:
             missing.append(name)

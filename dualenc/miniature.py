@@ -7,7 +7,6 @@ heard, in which order, and how. Folders and tables are laid out as the real ones
 aac-datasets writes them), so what reads the real data can be tried on this within minutes.
 """
 
-import argparse
 import csv
 import json
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ import soundfile
 from tqdm import tqdm
 
 from dualenc import InputError, replacing, run
-from dualenc.audio import resample
+from dualenc.decoding import resample
+from dualenc.options import Parser
 from dualenc.scenes import (
     AUDIOCAPS,
     CLOTHO,
@@ -123,7 +123,7 @@ def claim(folder, settings):
     marker = folder / "miniature.json"
     try:
         held = json.loads(marker.read_text(encoding="utf-8")) if marker.exists() else None
-    except ValueError:
+    except (ValueError, RecursionError):
         held = {}
     if held == {**settings, "complete": True}:
         return False
@@ -178,15 +178,20 @@ def summary(folder, clips):
 
 
 def main(argv=None):
-    headline = __doc__.partition("\n")[0]
-    parser = argparse.ArgumentParser("python -m dualenc.miniature", description=headline)
+    parser = Parser(__doc__)
     parser.add_argument("folder", type=Path, help="where to write; made if it is not there")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other clips (default 0)")
     for name, default in (("clotho", CLOTHO_CLIPS), ("audiocaps", AUDIOCAPS_CLIPS)):
         text = f"clips to train, validate and evaluate with (default {default})"
         parser.add_argument(f"--{name}", type=int, nargs=3, metavar="N", default=default, help=text)
     args = parser.parse_args(argv)
-    print(write_miniature(args.folder, args.seed, args.clotho, args.audiocaps))
+    try:
+        done = write_miniature(args.folder, args.seed, args.clotho, args.audiocaps)
+    except (OSError, soundfile.LibsndfileError) as error:  # no space, no permission
+        raise InputError(
+            f"{args.folder}: cannot be written ({error}): is there room? It can be tried again"
+        ) from error
+    print(done)
 
 
 if __name__ == "__main__":

@@ -23,11 +23,9 @@ from dualenc import InputError
 from dualenc.audio import (
     CLIP_SAMPLES,
     INT16_SCALE,
-    MAX_LEVEL,
     AudioTower,
     crop,
     cut,
-    decode,
     published_passt,
 )
 from dualenc.checkpoints import (
@@ -38,6 +36,7 @@ from dualenc.checkpoints import (
     write_tensors,
 )
 from dualenc.config import PRESETS, DualEncoderConfig
+from dualenc.decoding import MAX_LEVEL, decode, to_int16
 from dualenc.text import TextTower, tokenize, train_tokenizer
 
 EMBED_CLIPS = 8  # at a time without gradients: enough to fill a CPU, little memory on a GPU
@@ -263,9 +262,12 @@ def by_length(captions: Sequence[str]) -> list[int]:
 
 
 def _waveform(sound: str | os.PathLike | np.ndarray | Tensor) -> np.ndarray:
-    """A sound as embed_audio takes it -> its first 30 s, (n,) float32."""
+    """A sound as embed_audio takes it -> its first 30 s, (n,) float32.
+
+    A file passes through int16, as in the cache: the same file has the same embedding by any way.
+    """
     if isinstance(sound, str | os.PathLike):
-        return decode(sound, CLIP_SAMPLES)
+        sound = to_int16(decode(sound, CLIP_SAMPLES))
     waveform = np.asarray(sound)
     if waveform.ndim != 1 or len(waveform) == 0:
         raise InputError(f"a waveform of shape {waveform.shape}: (n,) with n >= 1 is needed")

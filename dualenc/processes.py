@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dualenc import InputError
-from dualenc.data import AudioCache
+from dualenc.cache import AudioCache
 from dualenc.layouts import Split
 from dualenc.losses import gather
 from dualenc.metrics import retrieval_metrics

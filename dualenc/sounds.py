@@ -23,13 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dualenc import InputError
-from dualenc.audio import (
-    AUDIO_SUFFIXES,
-    MIN_REMAINDER,
-    SEGMENT_SAMPLES,
-    cut,
-    decode_blocks,
-)
+from dualenc.audio import MIN_REMAINDER, SEGMENT_SAMPLES, cut
+from dualenc.decoding import AUDIO_SUFFIXES, decode_blocks, to_int16
 from dualenc.model import DualEncoder
 
 CHUNK_FILES = 64  # embedded together, so that short files share the model's batches
@@ -149,7 +144,7 @@ def embed_files(model: DualEncoder, paths: Iterable[Path]) -> Iterator[Embedded 
 
 
 def _segments(paths: Iterable[Path], read: list) -> Iterator[np.ndarray]:
-    """The segments of all files, block by block: (at most 3, 320000); each file is noted in read"""
+    """The segments of all files by blocks: (at most 3, 320000) int16; each file is noted in read"""
     for path in paths:
         samples, count, fault = 0, 0, None
         try:
@@ -157,7 +152,7 @@ def _segments(paths: Iterable[Path], read: list) -> Iterator[np.ndarray]:
             for block in decode_blocks(path):
                 if samples and len(block) < MIN_REMAINDER:
                     break  # a remainder that does not count, as in audio.segment_count
-                segments = cut(block)
+                segments = cut(to_int16(block))
                 samples += len(block)
                 count += len(segments)
                 yield segments

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from dualenc import InputError
+from dualenc.cache import AudioCache, open_cache
 from dualenc.checkpoints import read_checkpoint, read_header
 from dualenc.config import PRESETS
-from dualenc.data import AudioCache, PairBatches, open_cache
+from dualenc.data import PairBatches
 from dualenc.layouts import Split, hold_out, read_split, training_splits
 from dualenc.model import DualEncoder
 from dualenc.processes import Processes

@@ -16,8 +16,8 @@ from pathlib import Path
 from torch import Tensor
 
 from dualenc import InputError, replacing
-from dualenc.audio import AUDIO_SUFFIXES
 from dualenc.csvfiles import read_csv
+from dualenc.decoding import AUDIO_SUFFIXES
 from dualenc.layouts import Clip, Split, read_split
 from dualenc.options import Parser, number
 

@@ -8,7 +8,7 @@ import torchaudio
 from hear21passt.models.passt import get_model
 from hear21passt.models.preprocess import AugmentMelSTFT
 
-from dualenc import InputError, audio
+from dualenc import InputError, audio, decoding
 
 
 def tone(seconds, rate, hz=440.0):
@@ -22,7 +22,7 @@ def tone(seconds, rate, hz=440.0):
 @pytest.mark.parametrize("rate", [8_000, 44_100])
 def test_formats_rates_and_channels_give_the_same_tone(write_sound, name, rate):
     left, right = tone(1.5, rate), tone(1.5, rate, 880)
-    waveform = audio.decode(write_sound(name, np.stack([left, right], 1), rate))
+    waveform = decoding.decode(write_sound(name, np.stack([left, right], 1), rate))
     assert waveform.dtype == np.float32 and waveform.ndim == 1
     assert len(waveform) == pytest.approx(48_000, abs=4000)  # mp3 pads
     wanted = (tone(1.5, 32_000) + tone(1.5, 32_000, 880)) / 2
@@ -36,16 +36,16 @@ def test_blocks_join_to_what_resampling_at_once_gives(write_sound):
     samples = np.random.default_rng(0).uniform(-0.5, 0.5, 44_100 * 71 + 1234).astype(np.float32)
     path = write_sound("long.wav", samples, 44_100, subtype="FLOAT")
     at_once = torchaudio.functional.resample(torch.from_numpy(samples), 44_100, 32_000).numpy()
-    blocks = list(audio.decode_blocks(path))
+    blocks = list(decoding.decode_blocks(path))
     assert len(blocks) == 3
     np.testing.assert_allclose(np.concatenate(blocks), at_once, atol=1e-6)
-    np.testing.assert_array_equal(audio.decode(path, 50_000), np.concatenate(blocks)[:50_000])
+    np.testing.assert_array_equal(decoding.decode(path, 50_000), np.concatenate(blocks)[:50_000])
 
 
 def test_int16_files_are_read_exactly(write_sound):
     samples = np.arange(-32_768, 32_768, dtype=np.int16)
     path = write_sound("steps.wav", samples)
-    np.testing.assert_array_equal(audio.to_int16(audio.decode(path)), samples)
+    np.testing.assert_array_equal(decoding.to_int16(decoding.decode(path)), samples)
 
 
 @pytest.mark.parametrize(
@@ -57,19 +57,34 @@ def test_unreadable_files_are_named_with_the_reason(tmp_path, content, reason):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(InputError, match=f"bad.wav: {reason}"):
-        audio.decode(path)
+        decoding.decode(path)
 
 
 def test_samples_must_be_finite(write_sound):
     path = write_sound("nan.wav", np.array([0, np.nan, 0], np.float32), subtype="FLOAT")
     with pytest.raises(InputError, match="nan.wav: holds NaN"):
-        audio.decode(path)
+        decoding.decode(path)
 
 
 def test_any_sample_rate_needs_little_memory(write_sound):
     # 44,101 Hz shares no divisor with 32 kHz: an exact filter bank would take 5 GB.
-    waveform = audio.decode(write_sound("odd.wav", tone(1, 44_101), 44_101))
+    waveform = decoding.decode(write_sound("odd.wav", tone(1, 44_101), 44_101))
     assert len(waveform) == pytest.approx(32_000, abs=2)
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+@pytest.mark.parametrize("seconds", [0.01, 1, 20])
+def test_an_ogg_file_is_whole_only_with_its_last_page(write_sound, subtype, seconds):
+    options = {"format": "OGG", "subtype": subtype}
+    path = write_sound("a.ogg", tone(seconds, 48_000), 48_000, **options)
+    whole = path.read_bytes()
+    assert len(decoding.decode(path)) == pytest.approx(32_000 * seconds, abs=1000)
+    path.write_bytes(whole + bytes(200))  # such as tags
+    decoding.decode(path)
+    for part in (whole[:-1], whole[: len(whole) * 2 // 3]):
+        path.write_bytes(part)
+        with pytest.raises(InputError, match="is cut off|cannot be decoded"):
+            decoding.decode(path)
 
 
 # --- Segments ---
@@ -184,4 +199,4 @@ def test_int16_segments_are_scaled_to_one(report_tower):
 def test_soundfile_reads_every_suffix_that_is_looked_for():
     readable = {f".{name.lower()}" for name in soundfile.available_formats()}
     readable |= {".oga", ".opus", ".aif"}  # other names for ogg and aiff
-    assert readable >= audio.AUDIO_SUFFIXES
+    assert readable >= decoding.AUDIO_SUFFIXES

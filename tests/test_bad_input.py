@@ -22,8 +22,8 @@ import distill
 import evaluate
 import train
 from dualenc import InputError
-from dualenc.audio import decode
-from dualenc.data import open_cache
+from dualenc.cache import open_cache
+from dualenc.decoding import decode
 from dualenc.layouts import read_split
 from dualenc.model import DualEncoder
 
@@ -129,6 +129,8 @@ BAD_SOUNDS = {
     "cut.aiff": (lambda: cut_off("made.aiff"), "is cut off"),
     "cut.flac": (lambda: cut_off("made.flac"), "cannot be decoded"),
     "cut.mp3": (lambda: cut_off("made.mp3"), "ends after"),
+    "cut.ogg": (lambda: cut_off("made.ogg"), "is cut off: its last page is not the end"),
+    "cut.opus": (lambda: cut_off("made.oga", format="OGG", subtype="OPUS"), "is cut off: its last"),
     "no samples.wav": (lambda: wav(np.zeros(0)), "holds no samples"),
     "nan.wav": (lambda: spoilt(np.nan), "holds NaN, infinite or unscaled samples"),
     "infinite.wav": (lambda: spoilt(-np.inf), "holds NaN, infinite or unscaled samples"),
@@ -179,7 +181,8 @@ def test_many_faults_are_the_first_twenty_and_how_many_more(refused, sounds):
         (sounds / f"{i}.wav").write_bytes(b"")
     for _ in range(2):  # the second time with a cache that holds no sound
         lines = refused(train, "--datasets", sounds, *TINY)
-        assert "(45)" in lines[0] and lines[21].strip() == "and 25 more"
+        assert "(45)" in lines[0] and lines[21].strip().startswith("and 25 more; ")
+        assert "`python -m dualenc.data check FOLDER` lists all" in lines[21]
         assert "#held-out" in lines[22] and "(5)" in lines[22] and len(lines) == 22 + 1 + 5
 
 
@@ -255,7 +258,10 @@ BAD_CAPTIONS = {
     "a missing column": ("file_name,text\n0.wav,a dog\n", "needs the column 'caption' once"),
     "a misspelt column": ("filename,caption\n0.wav,a dog\n", "needs the column 'file_name' once"),
     "a repeated column": ("file_name,caption,caption\n0.wav,a,b\n", "needs the column 'caption'"),
-    "an empty caption": (HEADER + "0.wav,a dog\n1.wav,\n", "line 3 has no word in caption"),
+    "an empty caption": (
+        HEADER + "0.wav,a dog\n1.wav,\n",
+        "rows to be mended or removed: line 3 has no word in caption",
+    ),
     "spaces only": (HEADER + "0.wav,   \n", "line 2 has no word in caption"),
     "punctuation only": (HEADER + "0.wav,?!...\n", "line 2 has no word in caption"),
     "no file name": (HEADER + ",a dog\n", "line 2 has no word in file_name"),
@@ -263,11 +269,17 @@ BAD_CAPTIONS = {
     "a climbing file name": (HEADER + "../../x.wav,a dog\n", "'../../x.wav' leaves its folder"),
     "too few fields": (HEADER + "0.wav,a dog\n1.wav\n", "line 3 has 1 fields instead of 2"),
     "too many fields": (HEADER + "0.wav,a dog, barking\n", "line 2 has 3 fields instead of 2"),
-    "not UTF-8": (HEADER.encode() + b"0.wav,caf\xe9\n", "cannot be read as a UTF-8 csv file"),
-    "a header that is not UTF-8": (b"file_name,caf\xe9\n0.wav,a\n", "cannot be read as a UTF-8"),
+    "not UTF-8": (HEADER.encode() + b"0.wav,caf\xe9\n", "line 2 is not UTF-8; save the file as"),
+    "a bad byte far down": (
+        HEADER.encode() + b"0.wav,a dog\n" * 10_000 + b"1.wav,caf\xe9\n", "line 10002 is not UTF-8"
+    ),
+    "a header that is not UTF-8": (b"file_name,caf\xe9\n0.wav,a\n", "line 1 is not UTF-8"),
     "a null byte": (b"file_name,caption\n\0,a\n", "none of the 1 sound files"),
-    "an open quote": (HEADER + '0.wav,"a dog\n1.wav,a cat\n', "cannot be read as a UTF-8 csv"),
-    "a field without end": (HEADER + f"0.wav,{'a' * 200_000}\n", "field larger than"),
+    "an open quote": (
+        HEADER + '0.wav,a\n1.wav,"a dog\n2.wav,a cat\n',
+        "line 3 cannot be read as csv (unexpected end of data); a quote that opens must close",
+    ),
+    "a field without end": (HEADER + f"0.wav,{'a' * 200_000}\n", "line 2 cannot be read as csv"),
     "no file on disk": (HEADER + "x.wav,a dog\n", "none of the 1 sound files in its csv"),
     "a name too long": (HEADER + f"{'x' * 300}.wav,a dog\n", "none of the 1 sound files"),
 }

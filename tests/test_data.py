@@ -1,8 +1,10 @@
 """From folders on disk to batches."""
 
 import csv
+import fcntl
 import os
 import shutil
+import time
 from collections import Counter
 
 import numpy as np
@@ -11,10 +13,13 @@ import soundfile
 import torch
 from torch.utils.data import DataLoader
 
-from dualenc import InputError, data
-from dualenc.audio import decode, decode_blocks, to_int16
-from dualenc.data import PairBatches, open_cache
-from dualenc.layouts import hold_out, read_split, training_splits
+from dualenc import InputError
+from dualenc.audio import cut
+from dualenc.cache import open_cache
+from dualenc.data import PairBatches
+from dualenc.decoding import decode, decode_blocks, to_int16
+from dualenc.layouts import Clip, Split, hold_out, read_split, training_splits
+from dualenc.sounds import embed_files
 
 
 def rows(path):
@@ -130,7 +135,7 @@ def test_the_cache_is_built_once_and_again_only_for_changed_files(clotho, tmp_pa
             file.write(f"{path.name}\n")
         return decode_blocks(path)
 
-    monkeypatch.setattr(data, "decode_blocks", counting)
+    monkeypatch.setattr("dualenc.cache.decode_blocks", counting)
     open_cache(clotho, folder)
     assert not decoded.exists() and sorted(p.name for p in folder.iterdir()) == first
 
@@ -167,6 +172,79 @@ def test_a_damaged_cache_is_built_again(clotho, tmp_path):
     os.truncate(samples, 100)
     cache = open_cache(clotho, folder)
     np.testing.assert_array_equal(cache[0], to_int16(decode(clotho.clips[0].path)))
+
+
+def test_a_decoding_process_that_is_killed_ends_the_build_with_one_line(
+    clotho, tmp_path, monkeypatch
+):
+    def killed(path):
+        if path == clotho.clips[2].path:
+            os.kill(os.getpid(), 9)
+        return decode_blocks(path)
+
+    monkeypatch.setattr("dualenc.cache.decode_blocks", killed)
+    with pytest.raises(InputError, match="^a process that decodes .* the same command tries again"):
+        open_cache(clotho, tmp_path / "cache", processes=2)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("i", [1, 3])
+def test_of_a_file_that_is_faulty_further_on_nothing_is_kept(clotho, tmp_path, i):
+    samples = np.zeros(16_000 * 70, np.float32)
+    samples[-1] = np.nan
+    soundfile.write(clotho.clips[i].path, samples, 16_000, format="WAV", subtype="FLOAT")
+    with pytest.raises(InputError, match="holds NaN"):
+        open_cache(clotho, tmp_path / "cache")
+    soundfile.write(clotho.clips[i].path, samples[:8_000], 16_000, format="WAV")
+    cache = open_cache(clotho, tmp_path / "cache")
+    for clip, waveform in zip(clotho.clips, cache, strict=True):
+        np.testing.assert_array_equal(waveform, to_int16(decode(clip.path)))
+    assert cache.samples.nbytes == 2 * sum(map(len, cache))
+
+
+def test_others_wait_for_a_file_that_takes_long(miniature, tmp_path, monkeypatch):
+    split = read_split("clotho", "train", miniature)
+    first, begun = split.clips[0].path, tmp_path / "begun"
+    begun.mkdir()
+
+    def slow(path):
+        if path == first:
+            time.sleep(0.5)
+            (tmp_path / "count").write_text(str(len(list(begun.iterdir()))))
+        (begun / path.name).touch()
+        return decode_blocks(path)
+
+    monkeypatch.setattr("dualenc.cache.decode_blocks", slow)
+    assert len(open_cache(split, tmp_path / "cache", processes=2)) == 10
+    assert 0 < int((tmp_path / "count").read_text()) <= 1
+
+
+def test_what_a_killed_build_left_is_removed_unless_it_is_still_being_written(clotho, tmp_path):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    left, busy, other = (
+        folder / f".{name}.0123.int16.4567.tmp"
+        for name in ("clotho-validation", "clotho-validation.89ab", "clotho-evaluation")
+    )
+    for path in (left, busy, other):
+        path.write_bytes(bytes(8))
+    with open(busy, "rb+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        open_cache(clotho, folder)
+        assert not left.exists() and busy.exists() and other.exists()
+    open_cache(clotho, folder)  # also where there is nothing to build
+    assert not busy.exists() and other.exists()
+
+
+@pytest.mark.parametrize("level", [1e-4, 0.1, 3.0])
+def test_a_file_its_cache_and_the_search_embed_alike(level, write_sound, tiny, tmp_path):
+    samples = level * np.random.default_rng(0).standard_normal(44_100 * 12)
+    path = write_sound("a.wav", samples, 44_100, subtype="FLOAT")
+    (cached,) = open_cache(Split("a", [Clip("a.wav", path, ("a",))], [], "folder"), tmp_path)
+    assert torch.equal(tiny.embed_audio([path]), tiny.embed_audio([cached]))
+    (found,) = embed_files(tiny, [path])
+    wanted = torch.nn.functional.normalize(tiny.embed_segments([cut(cached)]), dim=1)
+    assert torch.equal(torch.from_numpy(found.segments), wanted)
 
 
 # --- Batches ---
@@ -213,7 +291,6 @@ def test_captions_are_drawn_together_and_their_clip_encoded_once(pairs, tokenize
 
 
 def test_a_batch_holds_its_pairs_clips_and_captions(pairs, tokenizer):
-    from dualenc.audio import cut
     from dualenc.text import tokenize
 
     clips = [(clip, cache[i]) for split, cache in pairs for i, clip in enumerate(split.clips)]
@@ -263,8 +340,6 @@ def test_pieces_join_to_the_batch(pairs, tokenizer, per_clip, most):
 
 
 def test_long_clips_are_cropped_differently_each_epoch(tokenizer):
-    from dualenc.layouts import Clip, Split
-
     long = np.arange(1_000_000, dtype=np.int32).astype(np.int16)
     split = Split("long", [Clip("a", None, ("one",))], [], "folder")
     batches = PairBatches([(split, [long])], tokenizer, 2, seed=0)

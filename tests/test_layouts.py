@@ -9,7 +9,7 @@ import pytest
 import soundfile
 
 from dualenc import InputError, check
-from dualenc.audio import decode
+from dualenc.decoding import decode
 from dualenc.layouts import AUDIOCAPS_NAMINGS, read_split, splits_in
 
 
@@ -196,3 +196,18 @@ def test_check_goes_on_after_a_split_that_cannot_be_read(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "cannot be read: " in out and "line 2 has no word in caption" in out
     assert "1 clips, 1 captions" in out and out.endswith("\n1 fault\n")
+
+
+def test_check_escapes_what_a_csv_holds(tmp_path, capsys):
+    rows = ["a.wav", "hum"], ["\x1b[31mred\n.wav", "hum"]
+    write_csv(tmp_path / "captions.csv", ["file_name", "caption"], *rows)
+    soundfile.write(tmp_path / "a.wav", np.sin(np.arange(32_000) / 20), 32_000)
+    assert check.main(["check", str(tmp_path)]) == 1
+    assert "\n  \\x1b[31mred\\n.wav: missing\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv", [[], ["check"], ["look", "."]])
+def test_check_says_in_one_line_what_is_missing(argv, capsys):
+    with pytest.raises(InputError, match="FOLDER|'look'") as error:
+        check.main(argv)
+    assert "\n" not in str(error.value) and capsys.readouterr().err == ""

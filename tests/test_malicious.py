@@ -16,8 +16,8 @@ import distill
 import evaluate
 import train
 from dualenc import InputError, model
+from dualenc.cache import open_cache
 from dualenc.checkpoints import read_tensors
-from dualenc.data import open_cache
 from dualenc.layouts import read_split
 from dualenc.model import DualEncoder
 

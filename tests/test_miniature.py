@@ -3,14 +3,18 @@
 import ast
 import csv
 import json
+import os
 import re
+import resource
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import soundfile
 
-from dualenc import InputError
-from dualenc.miniature import Clip, annotations, write_miniature
+from dualenc import InputError, demo
+from dualenc.miniature import Clip, annotations, main, write_miniature
 from dualenc.scenes import (
     AUDIOCAPS,
     CLOTHO,
@@ -340,6 +344,10 @@ def test_refuses_other_settings_and_foreign_folders(folder, tmp_path):
     assert files(tmp_path) == {real.relative_to(tmp_path): b"precious"}
     with pytest.raises(InputError, match="is a file"):
         write_miniature(real, **SIZES)
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep/miniature.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match="a miniature of other settings"):
+        write_miniature(tmp_path / "deep", **SIZES)
 
 
 def test_refuses_negative_numbers(tmp_path):
@@ -347,3 +355,57 @@ def test_refuses_negative_numbers(tmp_path):
         with pytest.raises(InputError, match="from 0 up"):
             write_miniature(tmp_path / "new", **faulty)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("argv", [[], ["new", "--seed", "x"], ["new", "--clotho", "1"]])
+def test_faulty_arguments_are_one_line(argv, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="folder|--seed|--clotho"):
+        main(argv)
+    assert not any(tmp_path.iterdir()) and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("most_bytes", [1_000, 200_000])  # in a sound of Clotho, of AudioCaps
+def test_no_space_left_is_one_line(most_bytes, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
+    try:
+        with pytest.raises(InputError, match="new: cannot be written .*: is there room"):
+            main([str(tmp_path / "new"), "--clotho", "1", "0", "1", "--audiocaps", "4", "1", "1"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# --- The demo ---
+
+
+def test_the_demo_ends_the_other_jobs_where_one_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "RUNS", tmp_path)
+    monkeypatch.setenv("PID_FILE", str(tmp_path / "pid"))
+    (tmp_path / "sleeps.py").write_text(
+        "import os, time\n"
+        "open(os.environ['PID_FILE'], 'x').write(str(os.getpid()))\n"
+        "time.sleep(100)\n"
+    )
+    (tmp_path / "fails.py").write_text(
+        "import os, time\n"
+        "while not os.path.exists(os.environ['PID_FILE']):\n"
+        "    time.sleep(0.01)\n"
+        "print('why')\n"
+        "raise SystemExit('what to do')\n"
+    )
+    with pytest.raises(InputError) as error:
+        demo.run_all({name: f"{tmp_path / name}.py" for name in ("sleeps", "fails")})
+    assert str(error.value).splitlines() == [
+        f"python {tmp_path}/fails.py failed:", "  why", "  what to do"
+    ]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_the_demo_ends_where_its_data_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "RUNS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["demo.py"])
+    monkeypatch.setattr(demo.signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(subprocess, "run", lambda command: subprocess.CompletedProcess(command, 2))
+    assert demo.main() == 2

@@ -26,7 +26,8 @@ import distill
 import evaluate
 import train
 from dualenc import run
-from dualenc.data import PairBatches, open_cache
+from dualenc.cache import open_cache
+from dualenc.data import PairBatches
 from dualenc.layouts import read_split
 from dualenc.losses import gather
 from dualenc.model import DualEncoder

@@ -13,7 +13,8 @@ import soundfile
 import torch
 
 from dualenc import InputError, search, sounds
-from dualenc.audio import SAMPLE_RATE, SEGMENT_SAMPLES, cut, decode
+from dualenc.audio import SAMPLE_RATE, SEGMENT_SAMPLES, cut
+from dualenc.decoding import decode
 from dualenc.index import SoundIndex
 from dualenc.model import DualEncoder
 
