@@ -67,7 +67,7 @@ def parse_arguments():
     _check_teachers(args.teachers)
     if args.contrastive_weight == args.distillation_weight == 0:
         raise InputError("--contrastive-weight 0 --distillation-weight 0: nothing to learn from")
-    args.init = args.init or str(args.teachers[0])
+    args.init = str(args.teachers[0]) if args.init is None else args.init
     if args.init in ("pretrained", "random"):
         parser.error(f"--init {args.init}: a student starts from a checkpoint")
     return args
@@ -156,14 +156,14 @@ def distillation(teachers: list[tuple[torch.Tensor, torch.Tensor]], weights: tup
 
 def main() -> int:
     args = parse_arguments()
-    preset = initial_preset(args.init, "report")
+    preset = initial_preset(args.init, None)
     options = training_options(args, Options(), preset)
     out = run_folder("distill", args, preset, options)
     processes = Processes.start(args.device)
     seen = {name for path in args.teachers for name in trained_on(path)}
     splits, held_out = read_splits(args)
     with processes.first_goes_first():  # it may download
-        model = initial_model(args.init, "report", None, [], args.seed or 0, args.tokenizer)
+        model = initial_model(args.init, preset, None, [], args.seed or 0, args.tokenizer)
     model.set_temperature(args.tau, args.learn_tau)
     model.trained_on = sorted(seen | {*model.trained_on, *(split.name for split in splits)})
 

@@ -211,9 +211,9 @@ class DualEncoder(nn.Module):
             changes: values of DualEncoderConfig that replace the preset's.
         """
         config = dataclasses.replace(PRESETS[preset], **changes)
-        if init == "pretrained":
-            text_model = text_model or "roberta-large"
-        if text_model:
+        if init == "pretrained" and text_model is None:
+            text_model = "roberta-large"
+        if text_model is not None:
             tokenizer = load_tokenizer(text_model)
             config = _with_sizes_of(config, published_roberta_config(text_model))
         else:
