@@ -158,7 +158,7 @@ def distillation(teachers: list[tuple[torch.Tensor, torch.Tensor]], weights: tup
 
 def main() -> int:
     args = parse_arguments()
-    preset = initial_preset(args.init, "report")
+    preset = initial_preset(args.init, None)
     options = training_options(args, Options(), preset)
     out = run_folder("distill", args, preset, options)
     check_writable(out.parent / "teachers" / "embeddings.pt")
@@ -168,7 +168,7 @@ def main() -> int:
     loaded = (DualEncoder.load(path, tokenizer=args.tokenizer) for path in args.teachers)
     seen = {name for teacher in loaded for name in teacher.trained_on}
     with processes.first_goes_first():  # it may download
-        model = initial_model(args.init, "report", None, [], args.seed or 0, args.tokenizer)
+        model = initial_model(args.init, preset, None, [], args.seed or 0, args.tokenizer)
     model.set_temperature(args.tau, args.learn_tau)
     model.trained_on = sorted(seen | {*model.trained_on, *(split.name for split in splits)})
 

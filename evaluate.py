@@ -28,7 +28,7 @@ from dualenc.options import (
 from dualenc.page import runs_behind, write_evaluation
 from dualenc.processes import Processes, embed_split
 from dualenc.runs import best_of, newest_best
-from dualenc.stages import describe, open_caches, place, precision_name
+from dualenc.stages import choose_precision, describe, open_caches, place, precision_name
 from dualenc.submission import add_challenge_options, what_is_ranked, write_submission
 from dualenc.tables import (
     coverage,
@@ -38,7 +38,6 @@ from dualenc.tables import (
     of_runs,
     report_table,
 )
-from dualenc.training import choose_precision
 
 
 def parse_arguments():

@@ -41,7 +41,8 @@ def parse_arguments():
     add_training_options(parser, Options())
     add_device_options(parser)
     args = parser.parse_args()
-    args.init = args.init or ("random" if args.preset == "tiny" else "pretrained")
+    if args.init is None:
+        args.init = "random" if args.preset == "tiny" else "pretrained"
     return args
 
 
@@ -60,7 +61,7 @@ def main() -> int:
     captions = [caption for split in splits for caption in split.captions]
     with processes.first_goes_first():  # it may download
         model = initial_model(
-            args.init, args.preset, args.text_model, captions, args.seed or 0, args.tokenizer,
+            args.init, preset, args.text_model, captions, args.seed or 0, args.tokenizer,
             given_changes(args),
         )
     model.set_temperature(args.tau, args.learn_tau)

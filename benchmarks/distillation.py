@@ -20,9 +20,9 @@ import train
 from benchmarks.measure import batch_of, machine, medians, random_captions, random_clips
 from dualenc.model import DualEncoder
 from dualenc.processes import Processes
+from dualenc.stages import choose_precision
 from dualenc.step import step_gradients
 from dualenc.text import tokenize
-from dualenc.training import choose_precision
 
 TEACHERS = 4
 CLIPS, CAPTIONS = 3839, 19_195  # of Clotho's development split

@@ -19,7 +19,7 @@ from benchmarks.plain import PlainRecipe
 from dualenc.audio import cut
 from dualenc.model import DualEncoder
 from dualenc.processes import Processes
-from dualenc.training import choose_precision
+from dualenc.stages import choose_precision
 
 PATCHES, WIDTH = 2 + 8 * 62, 768
 SEGMENT_FLOP = 12 * (24 * PATCHES * WIDTH**2 + 4 * PATCHES**2 * WIDTH) + 2 * 496 * 256 * WIDTH

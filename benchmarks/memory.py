@@ -26,8 +26,8 @@ sys.path[:0] = [str(Path(__file__).parents[1])]
 from benchmarks.measure import batch_of, machine, random_clips
 from dualenc.model import DualEncoder
 from dualenc.processes import Processes
+from dualenc.stages import choose_precision
 from dualenc.step import step_gradients
-from dualenc.training import choose_precision
 from train import loss_of
 
 CAPTION_TOKENS = 20

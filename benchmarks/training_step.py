@@ -28,8 +28,8 @@ from dualenc.config import PRESETS
 from dualenc.losses import contrastive_loss
 from dualenc.model import DualEncoder
 from dualenc.processes import Processes
+from dualenc.stages import choose_precision
 from dualenc.text import tokenize
-from dualenc.training import choose_precision
 
 TAU = PRESETS["report"].tau
 

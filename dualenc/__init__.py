@@ -5,8 +5,10 @@ Here stands what every module shares: one error, one way out of a command, one w
 
 import contextlib
 import fcntl
+import functools
 import glob
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +17,7 @@ from typing import BinaryIO
 
 MAX_LISTED_FAULTS = 20
 GRACE_SECONDS = 3  # torchrun needs a tenth of one to see that a process has failed
+PASSED_ON_SECONDS = 1  # torchrun passes a signal on to processes that may have had it already
 
 
 class InputError(ValueError):
@@ -47,14 +50,21 @@ def printable(text: str) -> str:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a command: bad input and Ctrl-C end it with a line instead of a traceback."""
+    """Run a command: bad input, Ctrl-C and SIGTERM end it with a line instead of a traceback."""
     name = Path(sys.argv[0]).name
     # A file name that is not valid UTF-8 must not stop the message that names it.
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
+    if not _is_one_of_many():  # torchrun itself says whom it ends
+        signal.signal(signal.SIGTERM, functools.partial(_end_of_sigterm, name))
+        # Forked workers end as ever: one that waits for a lock may never come to run a function.
+        default = functools.partial(signal.signal, signal.SIGTERM, signal.SIG_DFL)
+        os.register_at_fork(after_in_child=default)
     try:
         with _one_voice():
-            sys.exit(main())
+            status = main()
+            sys.stdout.flush()  # what it holds back may fail, too
+        sys.exit(status)
     except InputError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
@@ -63,13 +73,26 @@ def run(main: Callable[[], int | None]) -> None:
             print("\nInterrupted. The same command goes on from what was saved.", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         sys.exit(0)
     except OSError as error:  # permissions, file systems: what it says is all there is to know
-        if error.filename is None:
-            raise
-        print(f"{name}: {InputError(f'{error.filename}: {error.strerror}')}", file=sys.stderr)
+        if error.filename is None:  # of a stream, such as the output's
+            _drop_output()
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"{name}: {InputError(f'{place}{error.strerror or error}')}", file=sys.stderr)
         sys.exit(2)
+
+
+def _end_of_sigterm(name: str, number: int, frame) -> None:
+    """End at once: an exception would be lost where it met the fork of a worker, for example."""
+    line = f"\n{name}: ended by SIGTERM. The same command goes on from what was saved.\n"
+    os.write(sys.stderr.fileno(), line.encode())
+    os._exit(128 + number)
+
+
+def _drop_output() -> None:
+    """What standard output still holds back would fail again when the program ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
@@ -83,15 +106,43 @@ def _one_voice() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever it is, it goes on
-        many = os.environ.get("WORLD_SIZE", "1") != "1"
-        if many and not (_is_first() and isinstance(error, InputError)):
+        if _is_one_of_many() and not (_is_first() and isinstance(error, InputError)):
             time.sleep(GRACE_SECONDS)
         raise
+
+
+def _is_one_of_many() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def _is_first() -> bool:
     """Whether this is the first of torchrun's processes, or the only one."""
     return os.environ.get("RANK", "0") == "0"
+
+
+class stop_signals(contextlib.AbstractContextManager):  # noqa: N801 - reads as a verb, as open does
+    """While open, Ctrl-C and SIGTERM are noted in `requested`; a second one gets through."""
+
+    requested: signal.Signals | None = None
+
+    def __enter__(self) -> "stop_signals":
+        self.previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number: int, frame) -> None:
+        now = time.monotonic()
+        if self.requested is None:
+            self.requested, self.first_at = signal.Signals(number), now
+        elif now - self.first_at > PASSED_ON_SECONDS:
+            signal.signal(number, self.previous[number])
+            signal.raise_signal(number)
+
+    def __exit__(self, kind, error, traceback) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        if self.requested and isinstance(error, RuntimeError):
+            # Nothing is left to finish: torchrun ends this process because another has died.
+            signal.raise_signal(self.requested)
 
 
 @contextlib.contextmanager

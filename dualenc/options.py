@@ -170,7 +170,7 @@ def training_options(args: argparse.Namespace, defaults: Options, preset: str) -
 def add_model_options(parser: Parser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--preset", choices=tuple(PRESETS), default="report",
+        "--preset", choices=tuple(PRESETS),
         help="report: PaSST and RoBERTa-large; tiny: the same code with small numbers, learnt from "
         "scratch (default report)",
     )

@@ -4,11 +4,13 @@
     runs/NAME/last.pt     the state of the run: loadable as a model, and all that resuming needs
     runs/NAME/best.pt     the model of the best epoch by validation mAP@10
     runs/NAME/curves.svg  loss, learning rate and validation mAP@10, drawn after every epoch
+    runs/NAME/.lock       empty: locked by the process that writes all of these
 
 The log holds no times: a run that was interrupted and resumed writes the same lines as one that was
 left alone.
 """
 
+import fcntl
 import glob
 import json
 import os
@@ -73,13 +75,31 @@ class Run:
 
     def _open(self) -> None:
         check_folder(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock()
         if self.log_path.exists():
             self._refuse_changes()
         else:
             with replacing(self.log_path) as temporary:
                 temporary.write_text(json.dumps(self.settings) + "\n")
-        for unfinished in self.folder.glob(".*.tmp"):  # of a process killed while it wrote
-            unfinished.unlink(missing_ok=True)
+        for name in ("log.jsonl", "last.pt", "best.pt", "curves.svg"):
+            for unfinished in self.folder.glob(f".{name}.*.tmp"):  # of a process that was killed
+                unfinished.unlink(missing_ok=True)
+
+    def _lock(self) -> None:
+        """Keep other processes out for as long as this one lives; it is never closed.
+
+        Forked workers do not inherit such a lock. It would be lost with any descriptor of its file
+        that is closed, so that file is one which nothing else opens.
+        """
+        descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"--out {self.folder}: another process is writing to this run; wait for it, or "
+                "name another folder"
+            ) from error
 
     def _refuse_changes(self) -> None:
         try:
@@ -103,21 +123,35 @@ class Run:
             )
 
     def load_state(self) -> dict | None:
-        """What save_state saved last; the log is cut back to where it was then."""
-        state, log_bytes = None, None
-        if self.last.exists():
-            checkpoint = read_checkpoint(self.last)
-            missing = {"training", "model", "log_bytes"} - checkpoint.keys()
-            if missing:
-                raise InputError(f"{self.last}: is no run's state: it has no {min(missing)}")
-            state = checkpoint["training"] | {"model": checkpoint["model"]}
-            log_bytes = checkpoint["log_bytes"]
-            if self.log_path.stat().st_size < log_bytes:
-                raise InputError(f"{self.log_path}: is shorter than when {self.last} was written")
+        """What save_state saved last, if anything, with the model and the log's length.
+
+        Raises:
+            InputError: the file is damaged, or does not belong to this run.
+        """
+        if not self.last.exists():
+            return None
+        checkpoint = read_checkpoint(self.last)
+        missing = {"training", "model", "log_bytes"} - checkpoint.keys()
+        if missing:
+            raise InputError(f"{self.last}: is no run's state: it has no {min(missing)}")
+        state, log_bytes = checkpoint["training"], checkpoint["log_bytes"]
+        fault = _fault_of(state)
+        if type(log_bytes) is not int or log_bytes < self._settings_bytes():
+            fault = "its log_bytes is wrong"
+        if fault:
+            raise InputError(f"{self.last}: is not this run's state ({fault})")
+        if self.log_path.stat().st_size < log_bytes:
+            raise InputError(f"{self.log_path}: is shorter than when {self.last} was written")
+        return state | {"model": checkpoint["model"], "log_bytes": log_bytes}
+
+    def cut_log(self, state: dict | None) -> None:
+        """Cut the log back to where it was when a state was saved, or to the settings."""
         if self.writes:
-            with open(self.log_path, "rb+") as file:
-                file.truncate(len(file.readline()) if log_bytes is None else log_bytes)
-        return state
+            os.truncate(self.log_path, state["log_bytes"] if state else self._settings_bytes())
+
+    def _settings_bytes(self) -> int:
+        with open(self.log_path, "rb") as file:
+            return len(file.readline())
 
     def save_state(self, model_checkpoint: dict, training: dict) -> None:
         """Write last.pt: a model's checkpoint, the training state, and the log's length."""
@@ -141,6 +175,26 @@ class Run:
                 file.write(json.dumps(values) + "\n")
         except OSError as error:  # a disk that is full does not name the file
             raise InputError(f"{self.log_path}: cannot be written ({error.strerror})") from error
+
+
+STATE = {"step": int, "best": float, "losses": list, "optimizer": dict, "scaler": dict}
+
+
+def _fault_of(state) -> str | None:
+    """What is wrong with the training state of a last.pt; the optimizer looks at its own part."""
+    if not isinstance(state, dict):
+        return "it holds none"
+    for name, kind in STATE.items():
+        if type(state.get(name)) is not kind:
+            return f"its {name} is no {kind.__name__}"
+    if state["step"] not in range(2**63):
+        return "its step is out of range"
+    for losses in state["losses"]:
+        if not (isinstance(losses, dict) and losses.keys() == state["losses"][0].keys()):
+            return "its losses are not those of steps"
+        if "loss" not in losses or not all(type(v) is float for v in losses.values()):
+            return "its losses are not numbers"
+    return None
 
 
 def _named(settings: dict) -> dict:

@@ -2,8 +2,10 @@
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from dualenc.layouts import Split, hold_out, read_split, training_splits
 from dualenc.model import DualEncoder
 from dualenc.processes import Processes
 from dualenc.runs import Run, check_folder, recorded_setting
-from dualenc.training import SELECTION_METRIC, Options, Trainer, choose_precision
+from dualenc.training import SELECTION_METRIC, Options, Trainer
 
 NAMED_DATASETS = ("clotho", "audiocaps")
 PRECISIONS = (None, torch.bfloat16, torch.float16)
@@ -35,7 +37,7 @@ def read_splits(args: argparse.Namespace) -> tuple[list[Split], Split]:
     names = [split.name for split in splits]
     if len(set(names)) < len(names):
         raise InputError(f"--datasets {' '.join(args.datasets)}: names the same data twice")
-    if args.validation:
+    if args.validation is not None:
         held_out = read_split(args.validation, "val", args.data_dir)
         if held_out.name in names:
             raise InputError(f"--validation {args.validation}: {held_out.name} is trained on")
@@ -46,13 +48,23 @@ def read_splits(args: argparse.Namespace) -> tuple[list[Split], Split]:
     return splits, held
 
 
-def initial_preset(init: str, preset: str) -> str:
-    """The preset whose training defaults suit the model: a checkpoint's own, where one is given."""
+def initial_preset(init: str, preset: str | None) -> str:
+    """The preset whose training defaults suit the model: a checkpoint's own, where one is given.
+
+    Args:
+        preset: as far as one is asked for.
+
+    Raises:
+        InputError: the checkpoint is missing, or of another preset.
+    """
     if init in ("pretrained", "random"):
-        return preset
+        return preset or "report"
     if not Path(init).is_file():
         raise InputError(f"--init {init}: is neither pretrained, random, nor a checkpoint file")
-    return read_header(read_checkpoint(init), init)[0].preset
+    own = read_header(read_checkpoint(init), init)[0].preset
+    if preset not in (None, own):
+        raise InputError(f"--preset {preset}: --init {init} has the preset {own}; leave it out")
+    return own
 
 
 def initial_model(
@@ -67,14 +79,14 @@ def initial_model(
     torch.manual_seed(seed)
     changes = changes or {}
     if init in ("pretrained", "random"):
-        if tokenizer:
+        if tokenizer is not None:
             raise InputError("--tokenizer goes with --init CHECKPOINT; else see --text-model")
         try:
             dataclasses.replace(PRESETS[preset], **changes)
         except ValueError as error:
             raise InputError(f"--{'/--'.join(changes).replace('_', '-')}: {error}") from error
         return DualEncoder.create(preset, init, captions, text_model, **changes)
-    if text_model or changes:
+    if text_model is not None or changes:
         raise InputError(
             "--text-model, --patchout and --text-dropout go with --init pretrained or random, not "
             "with a checkpoint"
@@ -127,6 +139,38 @@ def millions(module: torch.nn.Module) -> str:
 
 def precision_name(precision: torch.dtype | None) -> str:
     return PRECISION_NAMES[PRECISIONS.index(precision)]
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype | None:
+    """The towers' autocast type: "auto", "bf16", "fp16", or "fp32", which is None.
+
+    auto takes bf16 where it is fast, fp16 (with a gradient scaler) on older GPUs, and float32 on
+    other CPUs.
+    """
+    if name == "auto" and device.type == "cuda":
+        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif name == "auto":
+        name = "bf16" if _bf16_is_faster_here() else "fp32"
+    return PRECISIONS[PRECISION_NAMES.index(name)]
+
+
+@functools.cache  # one answer for all models of a process
+def _bf16_is_faster_here() -> bool:
+    """Measured, in some 0.1 s: CPUs with bf16 instructions may be slower with them than without.
+
+    In processor time, so that other programs do not change the answer.
+    """
+
+    def seconds(dtype: torch.dtype) -> float:
+        a, b = torch.ones(512, 768, dtype=dtype), torch.ones(768, 3072, dtype=dtype)
+        times = []
+        for _ in range(6):
+            start = time.process_time()
+            a @ b
+            times.append(time.process_time() - start)
+        return min(times)
+
+    return seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
 
 
 def run_folder(stage: str, args: argparse.Namespace, preset: str, options: Options) -> Path:

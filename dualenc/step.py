@@ -26,7 +26,8 @@ from dualenc.processes import Processes
 # (audio (B, D), text (B, D), clip_ids (B,), pair_ids (B,), tau) -> {"loss": what is minimised, and
 # its parts by name}
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], dict[str, Tensor]]
-STOPPED = "stopped, and last.pt is as it was (a lower --max-lr or --precision fp32 may help)"
+ADVICE = "a lower --max-lr or --precision fp32 may help"
+STOPPED = f"stopped, and last.pt is as it was ({ADVICE})"
 
 
 def step_gradients(

@@ -1,24 +1,20 @@
 """The one training loop, for both stages (report, section 2; the rest as in the baseline).
 
-schedule -> precision -> loop. A script hands in the loss; a step's gradient is in step.py.
+schedule -> loop. A script hands in the loss; a step's gradient is in step.py.
 """
 
-import contextlib
 import copy
 import dataclasses
-import functools
 import math
 import signal
 import sys
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dualenc import InputError
+from dualenc import InputError, stop_signals
 from dualenc.checkpoints import check_shapes, load_strictly
 from dualenc.config import TAU_BOUNDS
 from dualenc.data import Batch, PairBatches
@@ -26,7 +22,8 @@ from dualenc.figures import write_curves
 from dualenc.model import DualEncoder
 from dualenc.processes import Processes
 from dualenc.runs import Run
-from dualenc.step import STOPPED, Loss, Losses, step_gradients
+from dualenc.step import ADVICE, STOPPED, Loss, Losses, step_gradients
+from dualenc.workers import load, lost_workers_are_named
 
 Validate = Callable[[DualEncoder], dict[str, float]]
 SELECTION_METRIC = "mAP@10"  # best.pt is the epoch with the highest on the validation split
@@ -73,41 +70,6 @@ def learning_rate(
     return min_lr
 
 
-# --- Precision ---
-
-
-def choose_precision(name: str, device: torch.device) -> torch.dtype | None:
-    """The towers' autocast type: "auto", "bf16", "fp16", or "fp32", which is None.
-
-    auto takes bf16 where it is fast, fp16 (with a gradient scaler) on older GPUs, and float32 on
-    other CPUs.
-    """
-    if name == "auto" and device.type == "cuda":
-        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    elif name == "auto":
-        name = "bf16" if _bf16_is_faster_here() else "fp32"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[name]
-
-
-@functools.cache  # one answer for all models of a process
-def _bf16_is_faster_here() -> bool:
-    """Measured, in some 0.1 s: CPUs with bf16 instructions may be slower with them than without.
-
-    In processor time, so that other programs do not change the answer.
-    """
-
-    def seconds(dtype: torch.dtype) -> float:
-        a, b = torch.ones(512, 768, dtype=dtype), torch.ones(768, 3072, dtype=dtype)
-        times = []
-        for _ in range(6):
-            start = time.process_time()
-            a @ b
-            times.append(time.process_time() - start)
-        return min(times)
-
-    return seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
-
-
 # --- The loop ---
 
 
@@ -134,6 +96,7 @@ class Trainer:
         state = self.run.load_state()
         if state is not None:
             self._take(state)
+        self.run.cut_log(state)
         if not self.processes.agree(self.run.settings, self.step, self.model.tokenizer.to_str()):
             raise InputError(
                 f"{self.run.folder}: the processes differ in their settings or find another "
@@ -148,76 +111,85 @@ class Trainer:
             # A copy, or the moments would stay where the file is mapped.
             self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
             self.scaler.load_state_dict(state["scaler"])
-            self.step, self.best = int(state["step"]), float(state["best"])
-            self.losses = Losses(state["losses"])
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise InputError(f"{self.run.last}: is not this run's state ({error})") from error
+        self.step, self.best = state["step"], state["best"]
+        self.losses = Losses(state["losses"])
 
     def _check_moments(self, state: dict[int, dict[str, Tensor]]) -> None:
-        """See that AdamW's moments have their parameters' shapes, before they are copied."""
-        parameters = self.optimizer.param_groups[0]["params"]
+        """See that AdamW's moments are there, in their parameters' shapes, before they are copied.
+
+        There are none as long as fp16's scaler skips the first steps.
+        """
+        shapes = [tuple(p.shape) for p in self.optimizer.param_groups[0]["params"]]
+        if state.keys() != set(range(len(shapes))) and (state or not self.scaler.is_enabled()):
+            raise ValueError("its moments are those of other weights")
         for i, moments in state.items():
-            check_shapes(
-                moments, dict.fromkeys(("exp_avg", "exp_avg_sq"), tuple(parameters[i].shape))
-            )
+            check_shapes(moments, {"exp_avg": shapes[i], "exp_avg_sq": shapes[i], "step": ()})
 
     def save(self) -> None:
-        """Write last.pt; weights and losses that are not finite are found before it."""
-        self._refuse_divergence()
+        """Write last.pt.
+
+        Raises:
+            InputError: a loss, or a weight after a step whose loss was still finite, is not a
+                finite number; the last.pt before is kept.
+        """
+        losses = self.losses.fetch()
+        if not all(weights.isfinite().all() for weights in self.model.parameters()):
+            raise InputError(
+                f"step {self.step - 1}: it left weights that are not finite numbers; {STOPPED}"
+            )
         state = {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "step": self.step,
             "best": self.best,
-            "losses": self.losses.fetch(),
+            "losses": losses,
         }
         self.run.save_state(self.model.checkpoint(), state)
 
-    def _refuse_divergence(self) -> None:
-        """Weights may hold NaN after a step whose loss was still finite.
-
-        Raises:
-            InputError: says so, before a checkpoint of them replaces a good one.
-        """
-        self.losses.fetch()
-        if not all(weights.isfinite().all() for weights in self.model.parameters()):
-            raise InputError(
-                f"step {self.step - 1}: it left weights that are not finite numbers; {STOPPED}"
-            )
-
     def fit(self, batches: PairBatches, validate: Validate) -> signal.Signals | None:
-        """Train to the last epoch or step; returns the signal that ended it before, if any."""
+        """Train to the last epoch or step; returns the signal that ended it before, if any.
+
+        An epoch's end: last.pt, validation, best.pt, log, last.pt. A run that ends among these goes
+        on with the validation; that of a part of an epoch (--max-steps) leaves last.pt as it is.
+        """
         options, per_epoch = self.options, batches.steps_per_epoch
-        total = options.epochs * per_epoch
+        total, begun = options.epochs * per_epoch, self.step
         end = min(total, options.max_steps or total)
-        loader = DataLoader(
-            batches, batch_size=None, sampler=range(self.step, end), num_workers=options.workers,
-            pin_memory=self.model.device.type == "cuda", worker_init_fn=_leave_signals_to_parent,
-            # Python 3.14 would start workers afresh and copy the memory-mapped cache to each.
-            multiprocessing_context="fork" if options.workers else None,
-        )
-        with stop_signals() as stop, self._progress_bar(batches, end) as bar:
+        loader = load(batches, range(begun, end), options.workers, self.model.device)
+        bar = self._progress_bar(batches, end)
+        with stop_signals() as stop, bar, lost_workers_are_named():
+            if self.losses.fetch() and self.step % per_epoch == 0:
+                self._end_epoch(bar, validate, per_epoch)
             for batch in loader:
-                rate = learning_rate(
-                    self.step, per_epoch, options.warmup_epochs, options.decay_epochs,
-                    options.max_lr, options.min_lr,
-                )
+                rate = self._rate(per_epoch)
                 self._train_step(batch, rate)
                 bar.update(len(batch.pair_ids))
                 in_epoch = (self.step - 1) % per_epoch + 1
-                if in_epoch % options.log_every == 0 or in_epoch == per_epoch:
+                whole = in_epoch == per_epoch
+                if self.step == begun + 1:
+                    self._show(bar, rate, self.losses.mean(1))
+                if in_epoch % options.log_every == 0 or whole:
                     self._log_interval(bar, rate, per_epoch)
-                if in_epoch == per_epoch:
-                    self._end_epoch(bar, validate, per_epoch)
                 stopping = self.processes.highest(stop.requested or 0)
                 due = options.checkpoint_every and self.step % options.checkpoint_every == 0
-                if stopping or due or in_epoch == per_epoch or self.step == end:
+                if stopping or due or whole or self.step == end:
                     self.save()
+                if whole and not stopping:
+                    self._end_epoch(bar, validate, per_epoch)
+                    stopping = self.processes.highest(stop.requested or 0)
                 if stopping:
                     return signal.Signals(stopping)
             if self.losses.fetch():  # --max-steps ended it within an epoch: show what it has learnt
                 self._end_epoch(bar, validate, per_epoch)
         return None
+
+    def _rate(self, per_epoch: int) -> float:
+        o = self.options
+        return learning_rate(
+            self.step, per_epoch, o.warmup_epochs, o.decay_epochs, o.max_lr, o.min_lr
+        )
 
     def _train_step(self, batch: Batch, rate: float) -> None:
         self.model.train()
@@ -246,10 +218,13 @@ class Trainer:
     def _log_interval(self, bar: tqdm, rate: float, per_epoch: int) -> None:
         in_epoch = len(self.losses.fetch())
         losses = self.losses.mean((in_epoch - 1) % self.options.log_every + 1)
-        bar.set_postfix(loss=f"{losses['loss']:.3f}", lr=f"{rate:.1e}", refresh=False)
+        self._show(bar, rate, losses)
         self._say_if_tau_is_bound(bar)
         epoch = (self.step - 1) // per_epoch + 1
         self.run.log(step=self.step, epoch=epoch, lr=rate, **losses)
+
+    def _show(self, bar: tqdm, rate: float, losses: dict[str, float]) -> None:
+        bar.set_postfix(loss=f"{losses['loss']:.3f}", lr=f"{rate:.1e}", refresh=False)
 
     def _say_if_tau_is_bound(self, bar: tqdm) -> None:
         """Tell, once, that the temperature wants to be where it may not."""
@@ -260,24 +235,35 @@ class Trainer:
         self.tau_was_bound = self.tau_was_bound or bool(at)
 
     def _end_epoch(self, bar: tqdm, validate: Validate, per_epoch: int) -> None:
-        self._refuse_divergence()
-        epoch = -(-self.step // per_epoch)
-        metrics, losses = validate(self.model), self.losses.mean()
+        """Validate, and keep the best; after a part of an epoch, where no whole one has a best."""
+        epoch, whole = -(-self.step // per_epoch), self.step % per_epoch == 0
+        try:
+            metrics, losses = validate(self.model), self.losses.mean()
+        except InputError as error:
+            raise InputError(f"epoch {epoch}, after step {self.step}: {error}; {ADVICE}") from error
         self.losses = Losses([])
-        is_best = metrics[SELECTION_METRIC] > self.best
-        self.best = max(self.best, metrics[SELECTION_METRIC])
-        last = self.options.epochs
-        bar.set_description_str(f"epoch {min(epoch + 1, last)}/{last}")
+        metric = metrics[SELECTION_METRIC]
+        is_best = metric > self.best if whole else self.best < 0
+        if is_best:
+            self.best = metric
+            self.run.save_best(self.model.checkpoint(), metrics, epoch)
+        self.run.log(step=self.step, epoch=epoch, **losses, validation=metrics)
+        if whole:
+            self.save()
+        bar.set_description_str(self._epoch_shown(per_epoch))
         if self.processes.first:
             bar.write(
                 f"epoch {epoch:2}: loss {losses['loss']:.3f}, validation {SELECTION_METRIC} "
-                f"{100 * metrics[SELECTION_METRIC]:.2f} %" + (" (best so far)" if is_best else "")
+                f"{100 * metric:.2f} %" + (" (best so far)" if is_best else "")
             )
-        if is_best:
-            self.run.save_best(self.model.checkpoint(), metrics, epoch)
-        self.run.log(step=self.step, epoch=epoch, **losses, validation=metrics)
-        if self.processes.first:
-            write_curves([self.run.folder], self.run.folder / "curves.svg")
+            try:
+                write_curves([self.run.folder], self.run.folder / "curves.svg")
+            except InputError as error:  # the run does not depend on it
+                bar.write(str(error))
+
+    def _epoch_shown(self, per_epoch: int) -> str:
+        last = self.options.epochs
+        return f"epoch {min(self.step // per_epoch + 1, last)}/{last}"
 
     def _progress_bar(self, batches: PairBatches, end: int) -> tqdm:
         pairs = len(batches.clip_of_pair)
@@ -287,35 +273,8 @@ class Trainer:
             return pairs * (step // per_epoch) + batches.pairs_per_batch * (step % per_epoch)
 
         return tqdm(
-            desc=f"epoch {self.step // per_epoch + 1}/{self.options.epochs}", unit="pair",
+            desc=self._epoch_shown(per_epoch), unit="pair",
             total=seen(end), initial=seen(self.step), disable=not self.processes.first,
             bar_format="{desc}: {percentage:3.0f}%|{bar:20}| {rate_fmt}, {remaining} left{postfix}",
             mininterval=0.5 if sys.stderr.isatty() else 10, dynamic_ncols=True,
         )
-
-
-class stop_signals(contextlib.AbstractContextManager):  # noqa: N801 - reads as a verb, as open does
-    """While open, Ctrl-C and SIGTERM are noted in `requested`; a second Ctrl-C gets through."""
-
-    requested: signal.Signals | None = None
-
-    def __enter__(self) -> "stop_signals":
-        self.previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _note(self, number: int, frame) -> None:
-        if self.requested == number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = signal.Signals(number)
-
-    def __exit__(self, kind, error, traceback) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-        if self.requested and isinstance(error, RuntimeError):
-            # Nothing is left to finish: torchrun ends this process because another has died.
-            signal.raise_signal(self.requested)
-
-
-def _leave_signals_to_parent(worker: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)

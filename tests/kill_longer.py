@@ -32,7 +32,7 @@ def main() -> int:
             within, runs, differing = kill_again_and_again(
                 script, arguments, folder / script, kills, rng
             )
-            print(f"{script}: {kills} kills, {within} within a write; {runs} runs, "
+            print(f"{script}: {kills} kills, {within} within a checkpoint's write; {runs} runs, "
                   f"{len(differing)} differing", *differing, sep="\n  ", flush=True)
             found += differing
     return 1 if found else 0

@@ -654,7 +654,7 @@ def test_no_space_left_keeps_the_last_checkpoint(command, tmp_path, kind):
         assert (out / "last.pt").read_bytes() == kept[1]
         DualEncoder.load(out / "best.pt")
         names = sorted(path.name for path in out.iterdir())
-        assert names == ["best.pt", "curves.svg", "last.pt", "log.jsonl"]
+        assert names == [".lock", "best.pt", "curves.svg", "last.pt", "log.jsonl"]
 
 
 @contextlib.contextmanager

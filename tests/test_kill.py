@@ -90,7 +90,8 @@ def kill_again_and_again(
     """Run to the end as often as it takes for so many kills, half of them within a write.
 
     Returns:
-        kills within a write, runs, and what differed from the run that was left alone.
+        kills within the write of a checkpoint, runs, and what differed from the run that was left
+        alone.
     """
     seconds = undisturbed(script, arguments, folder / "whole")
     within, runs, differing = 0, 0, []
@@ -111,7 +112,7 @@ def kill_again_and_again(
                 break
             assert process.exitcode == -9, (here / "output.txt").read_text()
             kills -= 1
-            within += any(here.rglob(f".*.{process.pid}.tmp"))
+            within += any(here.rglob(f".*.pt.{process.pid}.tmp"))
         differing += [f"{here.name}: {what}" for what in differences(folder / "whole", here)]
     return within, runs, differing
 

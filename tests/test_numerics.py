@@ -140,3 +140,15 @@ def test_weights_that_diverge_replace_no_checkpoint(command, monkeypatch):
     assert status == 2 and "Traceback" not in printed
     assert "step 4: it left weights that are not finite numbers" in printed
     assert [open(f"run/{name}", "rb").read() for name in ("best.pt", "last.pt")] == before
+
+
+def test_a_divergence_that_validation_finds_names_the_step_and_what_may_help(command, monkeypatch):
+    def diverged(model):
+        raise InputError("embeddings are not finite numbers")
+
+    monkeypatch.setattr(train, "validation", lambda *_: diverged)
+    status, printed = command(train, *TINY, "--epochs", 1, "--out", "run")
+    assert status == 2 and printed.splitlines()[-1] == (
+        "train.py: epoch 1, after step 4: embeddings are not finite numbers; a lower --max-lr or "
+        "--precision fp32 may help"
+    )

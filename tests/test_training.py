@@ -1,7 +1,8 @@
 """The loop: what it writes, resumes, refuses, and computes."""
 
+import itertools
 import json
-import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,25 +10,16 @@ import torch
 import distill
 import evaluate
 import train
-from dualenc import InputError
+from dualenc import InputError, training
 from dualenc.model import DualEncoder
 from dualenc.step import Losses
+from dualenc.training import learning_rate
 
 TINY = ["--preset", "tiny", "--batch-size", 16, "--workers", 0]
 
 
 def log_lines(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def weights(path):
-    return torch.load(path, weights_only=True)["model"]
-
-
-def assert_same_weights(path, other):
-    ours, theirs = weights(path), weights(other)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_train_distill_evaluate(command, tmp_path):
@@ -62,45 +54,6 @@ def test_train_distill_evaluate(command, tmp_path):
     assert "37.21" not in printed  # the report's figures belong to the real data
     results = json.loads((tmp_path / "r.json").read_text())
     assert "30" in printed and results
-
-
-def test_the_same_command_goes_on_where_it_was_interrupted(command, tmp_path):
-    arguments = [*TINY, "--epochs", 3, "--log-every", 3, "--learn-tau"]
-    command(train, *arguments, "--out", "whole")
-    for steps in (2, 4, 9):  # within an epoch, at its end, within the last
-        status, printed = command(train, *arguments, "--out", "parts", "--max-steps", steps)
-        assert status == 0, printed
-    status, printed = command(train, *arguments, "--out", "parts")
-    assert status == 0 and "going on after step 9" in printed
-    assert_same_weights(tmp_path / "whole/last.pt", tmp_path / "parts/last.pt")
-    assert_same_weights(tmp_path / "whole/best.pt", tmp_path / "parts/best.pt")
-    whole, parts = log_lines(tmp_path / "whole"), log_lines(tmp_path / "parts")
-    assert whole[1:] == parts[1:]
-    status, printed = command(train, *arguments, "--out", "parts")  # nothing is left to do
-    assert status == 0 and "Done" in printed
-    assert log_lines(tmp_path / "parts") == parts
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_finish_the_step_and_save(command, tmp_path, monkeypatch, number):
-    original = train.loss_of
-    calls = []
-
-    def interrupting(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            signal.raise_signal(number)
-        return original(*arguments)
-
-    monkeypatch.setattr(train, "loss_of", interrupting)
-    status, printed = command(train, *TINY, "--epochs", 2, "--out", "a")
-    assert status == (130 if number == signal.SIGINT else 0)
-    assert f"{number.name} after step 3" in printed and "Traceback" not in printed
-    assert torch.load("a/last.pt", weights_only=True)["training"]["step"] == 3
-    monkeypatch.setattr(train, "loss_of", original)
-    command(train, *TINY, "--epochs", 2, "--out", "a")
-    command(train, *TINY, "--epochs", 2, "--out", "b")
-    assert_same_weights(tmp_path / "a/last.pt", tmp_path / "b/last.pt")
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
@@ -154,3 +107,70 @@ def test_losses_name_the_step_that_went_wrong():
     losses.add(3, {"loss": torch.tensor(float("nan"))})
     with pytest.raises(InputError, match="step 2: the loss is inf"):
         losses.fetch()
+
+
+# --- What a step and an epoch do ---
+
+
+def test_steps_see_dropout_and_patchout_and_validation_does_not(command, monkeypatch):
+    original, seen = training.step_gradients, []
+
+    def watched(model, *arguments):
+        if not seen:
+            model.audio.passt.blocks[0].register_forward_hook(
+                lambda block, inputs, output: seen.append((block.training, output.shape[1]))
+            )
+        return original(model, *arguments)
+
+    monkeypatch.setattr(training, "step_gradients", watched)
+    command(train, *TINY, "--epochs", 2, "--out", "a")
+    # Two tokens, and of 125 patches all but the 30 that are left out in training.
+    assert [state for state, _ in itertools.groupby(seen)] == [(True, 97), (False, 127)] * 2
+
+
+def test_weights_move_by_the_sum_of_the_learning_rates(command, monkeypatch):
+    """Of a constant gradient, AdamW's every step is the learning rate."""
+
+    def loss_of(audio, text, clip_ids, pair_ids, tau):
+        return {"loss": tau + 0 * audio.sum()}
+
+    monkeypatch.setattr(train, "loss_of", loss_of)
+    schedule = ["--epochs", 3, "--decay-epochs", 1.5]
+    command(train, *TINY, *schedule, "--learn-tau", "--tau", 0.5, "--out", "a")
+    tau = torch.load("a/last.pt", weights_only=True)["model"]["tau"].item()
+    rates = [learning_rate(step, 4, 1, 1.5, 1e-3, 1e-6) for step in range(12)]
+    assert 0.5 - tau == pytest.approx(sum(rates), abs=1e-6)
+
+
+def test_the_best_epoch_is_kept(command, monkeypatch):
+    found = iter((0.5, 0.9, 0.3))
+    monkeypatch.setattr(train, "validation", lambda *_: lambda model: {"mAP@10": next(found)})
+    status, printed = command(train, *TINY, "--epochs", 3, "--out", "a")
+    assert printed.count("best so far") == 2 and "Best validation mAP@10 90.00 %" in printed
+    best = torch.load("a/best.pt", weights_only=True)
+    assert best["epoch"] == 2 and best["validation"] == {"mAP@10": 0.9}
+    assert torch.load("a/last.pt", weights_only=True)["training"]["best"] == 0.9
+
+
+def test_the_bar_shows_the_first_steps_loss_and_the_epoch(command):
+    status, printed = command(train, *TINY, "--max-steps", 1, "--out", "a")
+    assert "loss=" in printed and "lr=1.0e-06" in printed
+    assert "epoch 1/20" in printed and "epoch 2/20" not in printed
+
+
+# --- Where training starts ---
+
+
+@pytest.mark.parametrize(("option", "words"), [
+    (["--init", ""], "--init : is neither pretrained"),
+    (["--validation", ""], "not a data set"),
+    (["--text-model", ""], "RoBERTa ''"),
+    (["--preset", "report", "--init", "{checkpoint}"], "best.pt has the preset tiny"),
+])
+def test_nothing_is_ignored(command, option, words):
+    command(train, *TINY, "--max-steps", 1, "--out", "a")
+    option = [text.replace("{checkpoint}", "a/best.pt") for text in option]
+    status, printed = command(train, *TINY, *option, "--max-steps", 1, "--out", "b")
+    assert status == 2 and words in printed.splitlines()[-1] and not Path("b").exists()
+    status, printed = command(train, "--init", "a/best.pt", "--max-steps", 1, "--out", "c")
+    assert status == 0 and "model       tiny" in printed
