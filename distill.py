@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from dualenc import InputError, run
-from dualenc.checkpoints import check_tensors, read_tensors, trained_on, write_tensors
+from dualenc.checkpoints import check_tensors, read_tensors, write_tensors
 from dualenc.data import AudioCache, PairBatches
 from dualenc.layouts import Split
 from dualenc.losses import contrastive_loss, distillation_loss
@@ -24,6 +24,7 @@ from dualenc.options import (
     add_tokenizer_option,
     add_training_data_options,
     add_training_options,
+    check_writable,
     number,
     training_options,
 )
@@ -159,9 +160,12 @@ def main() -> int:
     preset = initial_preset(args.init, None)
     options = training_options(args, Options(), preset)
     out = run_folder("distill", args, preset, options)
+    check_writable(out.parent / "teachers" / "embeddings.pt")
     processes = Processes.start(args.device)
-    seen = {name for path in args.teachers for name in trained_on(path)}
     splits, held_out = read_splits(args)
+    # Each is loaded and let go of: what is wrong with the last is told before the first embeds.
+    loaded = (DualEncoder.load(path, tokenizer=args.tokenizer) for path in args.teachers)
+    seen = {name for teacher in loaded for name in teacher.trained_on}
     with processes.first_goes_first():  # it may download
         model = initial_model(args.init, preset, None, [], args.seed or 0, args.tokenizer)
     model.set_temperature(args.tau, args.learn_tau)
