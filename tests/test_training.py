@@ -164,7 +164,7 @@ def test_the_bar_shows_the_first_steps_loss_and_the_epoch(command):
 @pytest.mark.parametrize(("option", "words"), [
     (["--init", ""], "--init : is neither pretrained"),
     (["--validation", ""], "not a data set"),
-    (["--text-model", ""], "RoBERTa ''"),
+    (["--text-model", ""], "--text-model : "),
     (["--preset", "report", "--init", "{checkpoint}"], "best.pt has the preset tiny"),
 ])
 def test_nothing_is_ignored(command, option, words):
