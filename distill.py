@@ -13,7 +13,7 @@ import torch
 
 from dualenc import InputError, run
 from dualenc.cache import AudioCache
-from dualenc.checkpoints import check_tensors, read_tensors, trained_on, write_tensors
+from dualenc.checkpoints import check_tensors, read_tensors, write_tensors
 from dualenc.data import PairBatches
 from dualenc.layouts import Split
 from dualenc.losses import contrastive_loss, distillation_loss
@@ -25,6 +25,7 @@ from dualenc.options import (
     add_tokenizer_option,
     add_training_data_options,
     add_training_options,
+    check_writable,
     number,
     training_options,
 )
@@ -68,7 +69,7 @@ def parse_arguments():
     _check_teachers(args.teachers)
     if args.contrastive_weight == args.distillation_weight == 0:
         raise InputError("--contrastive-weight 0 --distillation-weight 0: nothing to learn from")
-    args.init = args.init or str(args.teachers[0])
+    args.init = str(args.teachers[0]) if args.init is None else args.init
     if args.init in ("pretrained", "random"):
         parser.error(f"--init {args.init}: a student starts from a checkpoint")
     return args
@@ -160,9 +161,12 @@ def main() -> int:
     preset = initial_preset(args.init, "report")
     options = training_options(args, Options(), preset)
     out = run_folder("distill", args, preset, options)
+    check_writable(out.parent / "teachers" / "embeddings.pt")
     processes = Processes.start(args.device)
-    seen = {name for path in args.teachers for name in trained_on(path)}
     splits, held_out = read_splits(args)
+    # Each is loaded and let go of: what is wrong with the last is told before the first embeds.
+    loaded = (DualEncoder.load(path, tokenizer=args.tokenizer) for path in args.teachers)
+    seen = {name for teacher in loaded for name in teacher.trained_on}
     with processes.first_goes_first():  # it may download
         model = initial_model(args.init, "report", None, [], args.seed or 0, args.tokenizer)
     model.set_temperature(args.tau, args.learn_tau)

@@ -14,11 +14,17 @@ import json
 from pathlib import Path
 
 from dualenc import InputError, replacing, run
-from dualenc.checkpoints import trained_on
+from dualenc.checkpoints import read_model
 from dualenc.evaluation import Evaluation, evaluate, joined, read_annotations
 from dualenc.layouts import ANNOTATIONS, Split
 from dualenc.model import DualEncoder
-from dualenc.options import Parser, add_data_options, add_device_options, add_tokenizer_option
+from dualenc.options import (
+    Parser,
+    add_data_options,
+    add_device_options,
+    add_tokenizer_option,
+    check_writable,
+)
 from dualenc.page import runs_behind, write_evaluation
 from dualenc.processes import Processes, embed_split
 from dualenc.runs import best_of, newest_best
@@ -74,11 +80,19 @@ def parse_arguments():
     add_data_options(parser)
     add_device_options(parser)
     args = parser.parse_args()
+    _check_arguments(args)
+    return args
+
+
+def _check_arguments(args) -> None:
     if args.html and (args.compare or args.seeds or args.queries):
         raise InputError("--html shows one --checkpoint, or an --ensemble, on a split's captions")
     if args.queries and (args.json or args.annotations):
         raise InputError("--json and --annotations are of figures, and --queries have none")
-    return args
+    ensemble = [path.resolve() for path in args.ensemble or []]
+    if len(set(ensemble)) < len(ensemble):
+        raise InputError("--ensemble: the same file is named twice")
+    check_writable(args.json, args.html, args.submission)
 
 
 def chosen_models(args) -> list[list[Path]]:
@@ -90,10 +104,12 @@ def chosen_models(args) -> list[list[Path]]:
     return [[path] for path in args.compare or [args.checkpoint or newest_best()]]
 
 
-def refuse_seen(models: list[list[Path]], split: Split, allowed: bool) -> list[bool]:
+def refuse_seen(models: list[list[Path]], split: Split, args) -> list[bool]:
     """Whether each model has seen the split in training; unless that is allowed, refuse it."""
-    seen = {p: split.name in trained_on(p) for model in models for p in model}
-    faults = [f"{path} was trained on {split.name}" for path in seen if seen[path] and not allowed]
+    paths = [path for model in models for path in model]
+    seen = {p: split.name in read_model(p, args.tokenizer).trained_on for p in paths}
+    faults = [f"{path} was trained on {split.name}" for path in seen if seen[path]]
+    faults = [] if args.allow_seen else faults
     if faults:
         raise InputError.of(
             "figures on what was trained on would flatter; take another --split or --dataset, or "
@@ -141,7 +157,8 @@ def main() -> int:
     annotations = None
     if args.annotations or (split.name == "clotho/evaluation" and path.exists() and not queries):
         annotations = read_annotations(path, split)
-    seen = refuse_seen(models, split, args.allow_seen)
+    seen = refuse_seen(models, split, args)
+    runs = runs_behind(models[0]) if args.html else []
     (cache,) = open_caches([split], args, processes)
     embedded = [embed(model, split, cache, queries, args, processes) for model in models]
     processes.end()
@@ -164,7 +181,7 @@ def main() -> int:
         evaluations = [evaluate(n, split, *both, annotations, was) for n, both, was in each]
         present(evaluations, args)
         if args.html:
-            write_evaluation(args.html, evaluations[0], runs_behind(models[0]))
+            write_evaluation(args.html, evaluations[0], runs)
     return 0
 
 

@@ -24,8 +24,15 @@ from dualenc.text import MAX_TOKENS, PAD_ID, tokenize
 warnings.filterwarnings("ignore", module="hear21passt|torch.functional")
 
 
+def share_weights(module: nn.Module, source: nn.Module) -> None:
+    """Give a module the parameters of the same names in another; PaSST's heads stay."""
+    for name, parameter in source.named_parameters():
+        owner, _, own_name = name.rpartition(".")
+        setattr(module.get_submodule(owner), own_name, parameter)
+
+
 class PlainRecipe(nn.Module):
-    """A dual encoder with the weights of one of ours."""
+    """A dual encoder that shares the weights of one of ours, so that both fit into memory."""
 
     def __init__(self, ours: DualEncoder):
         super().__init__()
@@ -39,13 +46,10 @@ class PlainRecipe(nn.Module):
                 PASST_NAME, pretrained=False, fstride=16, tstride=16, input_tdim=1000,
                 s_patchout_t=15, s_patchout_f=2,
             )
-        heads = {k: v for k, v in self.passt.state_dict().items() if k.startswith("head")}
-        self.passt.load_state_dict(ours.audio.passt.state_dict() | heads)
         self.roberta = RobertaModel(ours.text.roberta.config, add_pooling_layer=False)
-        self.roberta.load_state_dict(ours.text.roberta.state_dict())
-        self.audio_projection, self.text_projection = nn.Linear(768, 1024), nn.Linear(1024, 1024)
-        self.audio_projection.load_state_dict(ours.audio_projection.state_dict())
-        self.text_projection.load_state_dict(ours.text_projection.state_dict())
+        share_weights(self.passt, ours.audio.passt)
+        share_weights(self.roberta, ours.text.roberta)
+        self.audio_projection, self.text_projection = ours.audio_projection, ours.text_projection
         self.to(ours.device)
 
     def encode_audio(self, clips: list[np.ndarray]) -> Tensor:

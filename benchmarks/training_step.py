@@ -49,18 +49,20 @@ def flop(segments: int, captions: int, tokens: int) -> float:
 class Side:
     """A model, its optimiser, and a step."""
 
-    def __init__(self, model, forward, precision, device):
-        self.model, self.forward, self.precision, self.device = model, forward, precision, device
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    def __init__(self, model, forward, optimizer, precision):
+        self.model, self.forward, self.optimizer = model, forward, optimizer
+        self.precision = precision
+        device = optimizer.param_groups[0]["params"][0].device
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
 
     def step(self):
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.precision = self.precision  # ours; the plain recipe has an autocast of its own
         audio, text = self.forward()
         self.scaler.scale(loss_of(audio, text)).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
 
 
 def compare(durations, ours, plain, device, rounds):
@@ -78,21 +80,20 @@ def compare(durations, ours, plain, device, rounds):
     equal = None
     check(forward_ours, forward_plain, ours, plain)
     equal = torch.float16 if device.type == "cuda" else None
-    default = choose_precision("auto", device)
-    side = Side(plain, forward_plain, equal, device)
-    for label, precision in {"equal precision": equal, "our defaults": default}.items():
-        ours.precision = precision
-        mine = Side(ours, forward_ours, precision, device)
-        times = medians({"plain": side.step, "ours": mine.step}, rounds, device)
-        rate = flop(len(batch.segments), *batch.tokens.shape) / times["ours"]
+    precisions = {"equal precision": equal, "our defaults": choose_precision("auto", device)}
+    optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-6, fused=True)  # of all sides
+    sides = {"plain": Side(plain, forward_plain, optimizer, equal)}
+    sides |= {n: Side(ours, forward_ours, optimizer, p) for n, p in precisions.items()}
+    times = medians({name: side.step for name, side in sides.items()}, rounds, device)
+    for label, precision in precisions.items():
+        rate = flop(len(batch.segments), *batch.tokens.shape) / times[label]
         kind = precision or torch.float32
         share = rate / matrix_rate(device, kind)
         print(
             f"  {label:16} ({str(kind)[6:]:8}) plain {times['plain']:7.3f} s, ours "
-            f"{times['ours']:7.3f} s: {times['plain'] / times['ours']:.2f} times; "
+            f"{times[label]:7.3f} s: {times['plain'] / times[label]:.2f} times; "
             f"{rate / 1e9:,.0f} GFLOP/s, {100 * share:.0f} % of the matrix rate", flush=True,
         )
-        del mine
     ours.precision = None
 
 

@@ -60,7 +60,7 @@ def converted(contents: dict, path: str | os.PathLike) -> dict:
     """
     weights, unknown = {}, []
     for name, value in contents["state_dict"].items():
-        own = own_name(name)
+        own = own_name(name) if isinstance(name, str) else None
         if own is None or not isinstance(value, Tensor):
             unknown.append(f"has {name}, which is unknown")
         elif own.removeprefix("audio.passt.") not in CLASSIFIER_KEYS:
@@ -71,7 +71,7 @@ def converted(contents: dict, path: str | os.PathLike) -> dict:
         config = _sizes(weights)
     except KeyError as error:
         raise InputError(f"{path}: lacks {official_name(error.args[0])}") from error
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise InputError(f"{path}: a weight has not the baseline's shape ({error})") from error
     # The baseline divides by the absolute value of what it has learnt.
     weights["tau"] = torch.tensor(config["tau"])

@@ -1,21 +1,34 @@
 """Checkpoint files: plain values and tensors, read without executing anything in them.
 
-What a file claims (names, shapes, sizes) is checked before memory is taken for it.
+What a file claims (names, shapes, sizes) is checked before memory is taken for it. read_model reads
+what a model is made of, read_text_model what a published RoBERTa gives to one; model.py makes it.
 """
 
 import os
+import pickletools
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from dualenc import InputError, replacing
 from dualenc.baseline import converted, inert_classes, is_baseline, official_name
 from dualenc.config import DualEncoderConfig
+from dualenc.text import (
+    load_tokenizer,
+    parse_tokenizer,
+    published_roberta,
+    published_roberta_config,
+)
 
 FORMAT = "dualenc 1"  # raise the number when older readers would misread a checkpoint
+# What torch's restricted unpickler lets make memory out of a number, and no checkpoint holds.
+ALLOCATES = re.compile(r".* (bytearray|\w*Tensor|UntypedStorage)")
 
 
 def write_tensors(values: dict, path: str | os.PathLike) -> None:
@@ -40,10 +53,19 @@ def read_tensors(path: str | os.PathLike) -> dict:
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type for entry in archive.infolist()):
                 raise ValueError("compressed: what it takes in memory is not known")
+            for name in archive.namelist():
+                if name.endswith("data.pkl"):
+                    _refuse_allocations(archive.read(name))
         with inert_classes(path):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch.load raises whatever its parsers meet
         raise InputError(f"{path}: is damaged or not a checkpoint; nothing was loaded") from error
+
+
+def _refuse_allocations(pickled: bytes) -> None:
+    for operation, argument, _ in pickletools.genops(pickled):
+        if operation.name == "GLOBAL" and ALLOCATES.fullmatch(argument):
+            raise ValueError(f"it holds a {argument}")
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict:
@@ -62,7 +84,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
     if found == FORMAT:
         check_tensors(checkpoint.get("model"), path)
-        return checkpoint
+        return checkpoint | {"called": str}
     if isinstance(found, str) and found.startswith(FORMAT.split()[0]):
         raise InputError(f"{path}: has the format {found!r}, not {FORMAT!r}; update this program")
     raise InputError(f"{path}: is not a checkpoint of this program")
@@ -86,9 +108,72 @@ def read_header(
     return config, trained_on
 
 
-def trained_on(path: str | os.PathLike) -> list[str]:
-    """The splits that a checkpoint's weights have seen, without loading them."""
-    return read_header(read_checkpoint(path), path)[1]
+class Saved(NamedTuple):
+    """What a checkpoint holds of a model; `called` turns our name of a weight into the file's."""
+
+    config: DualEncoderConfig
+    tokenizer: Tokenizer
+    trained_on: list[str]
+    weights: dict[str, Tensor]
+    called: Callable[[str], str]
+
+
+def read_model(path: str | os.PathLike, tokenizer: str | os.PathLike | None = None) -> Saved:
+    """Read a checkpoint, memory-mapped, and hold its parts against each other.
+
+    Args:
+        tokenizer: a name, folder or tokenizer.json instead of the checkpoint's own.
+
+    Raises:
+        InputError: the file is missing, damaged or no checkpoint, or there is no such tokenizer.
+    """
+    checkpoint = read_checkpoint(path)
+    config, trained_on = read_header(checkpoint, path)
+    weights, called = checkpoint["model"], checkpoint["called"]
+    try:
+        # Held against the weights before memory is taken for a model of these sizes.
+        if max(config.audio_depth, config.text_depth) > len(weights):
+            raise ValueError("it claims more layers than it has weights")
+        check_shapes(weights, config.telling_shapes(), called)
+        own = _tokenizer(checkpoint["tokenizer"], tokenizer, config.vocabulary)
+    except InputError:  # of another file than this one
+        raise
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{path}: is not a complete checkpoint ({error})") from error
+    return Saved(config, own, trained_on, weights, called)
+
+
+def _tokenizer(
+    stored: str | None, other: str | os.PathLike | None, vocabulary: int
+) -> Tokenizer:
+    """A checkpoint's own, unless another is given; the baseline's file holds none."""
+    if other is None and stored is not None:
+        return parse_tokenizer(stored, vocabulary)
+    other = "roberta-large" if other is None else other
+    try:
+        return load_tokenizer(other, vocabulary)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--tokenizer {other}: {error}") from error
+
+
+def read_text_model(
+    source: str, config: DualEncoderConfig, with_weights: bool
+) -> tuple[Tokenizer, DualEncoderConfig, dict[str, Tensor] | None]:
+    """A published RoBERTa's tokenizer, the configuration with its sizes, and perhaps its weights.
+
+    Args:
+        source: a name at the Hugging Face hub, or a local folder.
+
+    Raises:
+        InputError: it cannot be fetched or read, or is not one that this program computes.
+    """
+    try:
+        config = config.with_roberta(published_roberta_config(source))
+        tokenizer = load_tokenizer(source, config.vocabulary)
+        weights = published_roberta(source) if with_weights else None
+    except (OSError, ValueError) as error:
+        raise InputError(f"--text-model {source}: {error}") from error
+    return tokenizer, config, weights
 
 
 def check_tensors(values, path: str | os.PathLike) -> None:

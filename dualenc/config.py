@@ -3,8 +3,10 @@
 import dataclasses
 import math
 
+from transformers import RobertaConfig
+
 from dualenc.audio import MEL_BANDS, SEGMENT_FRAMES
-from dualenc.text import MAX_TOKENS, PAD_ID
+from dualenc.text import MAX_TOKENS, PAD_ID, ROBERTA
 
 TAU_BOUNDS = (0.005, 1.0)  # of a learnable temperature: beyond them the loss over- or underflows
 PRESET_NAMES = ("report", "tiny")
@@ -41,24 +43,44 @@ class DualEncoderConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value, kind = getattr(self, field.name), type(field.default)
-            if not isinstance(value, int | float if kind is float else kind):
+            if not isinstance(value, kind):
                 raise TypeError(f"{field.name} is a {type(value).__name__}")
             if kind is int and value < 1:
                 raise ValueError(f"{field.name} is {value}")
         if self.preset not in PRESET_NAMES:
             raise ValueError("its preset is unknown")
-        for pair in (self.patch, self.patchout):
-            if len(pair) != 2 or not all(isinstance(n, int) and n >= 0 for n in pair):
+        for pair, least in ((self.patch, 1), (self.patchout, 0)):
+            if len(pair) != 2 or not all(isinstance(n, int) and n >= least for n in pair):
                 raise ValueError("patch and patchout are not pairs of sizes")
-        rows, columns = MEL_BANDS // max(1, self.patch[0]), SEGMENT_FRAMES // max(1, self.patch[1])
+        rows, columns = MEL_BANDS // self.patch[0], SEGMENT_FRAMES // self.patch[1]
         if not (self.patchout[0] < rows and self.patchout[1] < columns):
             raise ValueError(f"patchout {self.patchout} leaves none of {rows} x {columns} patches")
         if self.audio_width % self.audio_heads or self.text_width % self.text_heads:
             raise ValueError("the heads do not divide the width")
         if self.text_positions < PAD_ID + 1 + MAX_TOKENS:
             raise ValueError(f"text_positions {self.text_positions} are too few for a caption")
+        if not 0 <= self.text_dropout < 1:
+            raise ValueError(f"text_dropout is {self.text_dropout}")
         if not 0 < self.tau < math.inf:
             raise ValueError(f"tau is {self.tau}")
+
+    def roberta(self) -> RobertaConfig:
+        """The text tower's part, as transformers takes it."""
+        return RobertaConfig(
+            vocab_size=self.vocabulary, hidden_size=self.text_width,
+            num_hidden_layers=self.text_depth, num_attention_heads=self.text_heads,
+            intermediate_size=self.text_hidden, max_position_embeddings=self.text_positions,
+            hidden_dropout_prob=self.text_dropout, attention_probs_dropout_prob=self.text_dropout,
+            **ROBERTA,
+        )
+
+    def with_roberta(self, roberta: RobertaConfig) -> "DualEncoderConfig":
+        """With another RoBERTa's sizes."""
+        return dataclasses.replace(
+            self, vocabulary=roberta.vocab_size, text_width=roberta.hidden_size,
+            text_depth=roberta.num_hidden_layers, text_heads=roberta.num_attention_heads,
+            text_hidden=roberta.intermediate_size, text_positions=roberta.max_position_embeddings,
+        )
 
     def telling_shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the weights that tell every size on which the others depend, by name."""

@@ -35,6 +35,7 @@ STYLE = {
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 PANEL = (4.4, 3.0)  # inches: as wide as a phone shows with text that can be read
 RANK_BINS = (1, 2, 6, 11, 21, 51, 101, 201, 501, 1001, 2001, 5001)  # where each begins
+LARGEST = 1e300  # of a log's numbers: what matplotlib can scale
 RECALL_TICKS = (1, 5, 10, 50, 100, 500, 1000, 5000)
 
 
@@ -92,17 +93,32 @@ def read_log(path: Path) -> Log:
     lines.pop()  # a line is complete with its newline: the last one may still be being written
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
-            row if number == 1 else float(row["step"] + row["loss"])
-        except (ValueError, KeyError, TypeError) as error:
+            rows.append(_checked(json.loads(line), is_first=number == 1))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{path}: line {number} is not of a run's log") from error
-        rows.append(row)
     if not rows:
         raise InputError(f"{path}: is empty; a run's log is needed")
     return Log(
         str(path.parent), rows[0],
         [row for row in rows[1:] if "lr" in row], [row for row in rows[1:] if "validation" in row],
     )
+
+
+def _checked(row: dict, is_first: bool) -> dict:
+    """A line of a log, whatever JSON it is.
+
+    Raises:
+        ValueError, KeyError, TypeError: it lacks what is read of it, or has it of another kind.
+    """
+    if is_first:
+        right = isinstance(row, dict) and all(isinstance(t, str) for t in row.get("teachers", []))
+    else:
+        numbers = [row["step"], row["loss"], row.get("lr", 0)]
+        numbers.append(row["validation"]["mAP@10"] if "validation" in row else 0)
+        right = all(isinstance(n, int | float) and abs(n) < LARGEST for n in numbers)
+    if not right:
+        raise ValueError
+    return row
 
 
 CURVES = ("training loss", "learning rate", "validation mAP@10, %")

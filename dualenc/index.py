@@ -3,6 +3,7 @@
     index = SoundIndex.build(model, paths)
     index.search("a dog barks, then a car passes", k=10)
 
+Finding, stamping and embedding the files themselves is in sounds.py; arrays.py writes and reads.
 Shapes: N files, S segments of all files together, D embedding values, Q queries.
 
 On disk an index is a folder of four arrays (see arrays.py) and says which checkpoint made it:
@@ -27,9 +28,16 @@ from tqdm import tqdm
 from dualenc import InputError
 from dualenc.arrays import make_writable, read_arrays, write_arrays
 from dualenc.audio import SAMPLE_RATE, SEGMENT_SAMPLES
-from dualenc.decoding import AUDIO_SUFFIXES, decode_blocks
+from dualenc.decoding import AUDIO_SUFFIXES
 from dualenc.model import DualEncoder
-from dualenc.sounds import Embedded, embed_files, file_stamp, fingerprint
+from dualenc.sounds import (
+    Embedded,
+    begins,
+    embed_file,
+    embed_files,
+    file_stamps,
+    fingerprint,
+)
 
 FORMAT = "dualenc index 1"
 ARRAYS = ("embeddings", "segments", "files", "names")
@@ -147,12 +155,12 @@ class SoundIndex:
         Raises:
             InputError: a path lies outside of root, or the folder cannot be written.
         """
-        stamps, faults = self._stamps(paths)
+        stamps, faults = file_stamps(paths, self.root)
         rows = {row[0]: row for row in map(self._row, range(len(self)))}
         rows = {name: row for name, row in rows.items() if stamps.get(name) == row[1]}
         kept, fresh = len(rows), [name for name in stamps if name not in rows]
         paths = [self.root / os.fsdecode(name) for name in fresh]
-        if save_to is not None and any(map(_begins, paths)):
+        if save_to is not None and any(map(begins, paths)):
             make_writable(save_to)
         due = time.monotonic() + SAVE_SECONDS
         bar = tqdm(paths, label, unit="file", leave=False, disable=None if label else True)
@@ -175,23 +183,6 @@ class SoundIndex:
 
     def _with(self, rows: dict[bytes, Row]) -> "SoundIndex":
         return SoundIndex(self.model, self.root, [rows[name] for name in sorted(rows)])
-
-    def _stamps(
-        self, paths: Iterable[str | os.PathLike]
-    ) -> tuple[dict[bytes, Stamp], list[str]]:
-        """The stamp of each file by its name, and which files are none."""
-        stamps, faults = {}, []
-        for path in paths:
-            name = os.path.relpath(path, self.root)
-            if name.startswith(os.pardir + os.sep):
-                raise InputError(f"{path}: lies outside of the index's folder {self.root}")
-            try:
-                if Path(name).suffix.lower() not in AUDIO_SUFFIXES:
-                    raise InputError(f"{path}: has no sound file's ending")
-                stamps[os.fsencode(name)] = file_stamp(Path(path))
-            except InputError as error:
-                faults.append(str(error))
-        return stamps, faults
 
     # --- Saving and loading ---
 
@@ -222,7 +213,7 @@ class SoundIndex:
                 index._check()
         except FileNotFoundError as error:
             raise InputError(f"{error.filename}: not there, so {folder} holds no index") from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(
                 f"{folder}: is damaged or not an index ({error}); remove it to have it built anew"
             ) from error
@@ -260,10 +251,7 @@ class SoundIndex:
 
     def search_like(self, path: str | os.PathLike, k: int = 10, by: str = "file") -> list[Match]:
         """The k files that sound most like one, which need not be of the index."""
-        (found,) = embed_files(self.model, [Path(path)])
-        if isinstance(found, InputError):
-            raise found
-        return self.nearest(torch.from_numpy(found.embedding)[None], k, by)[0]
+        return self.nearest(embed_file(self.model, path), k, by)[0]
 
     def nearest(self, queries: Tensor, k: int = 10, by: str = "file") -> list[list[Match]]:
         """Exact search: for each of (Q, D) queries of unit norm its k best files, best first."""
@@ -297,14 +285,6 @@ class SoundIndex:
         end = min(start + SEGMENT_SAMPLES, int(self.files["samples"][number]))
         path = self.path(number)
         return Match(number, path, score, above, start / SAMPLE_RATE, end / SAMPLE_RATE)
-
-
-def _begins(path: Path) -> bool:
-    """Whether a sound file can be decoded at least at its start."""
-    try:
-        return bool(len(next(decode_blocks(path))))
-    except InputError:
-        return False
 
 
 def _share_below(scores: Tensor, best: Tensor) -> Tensor:

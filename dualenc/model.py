@@ -5,7 +5,7 @@
 
 Shapes: C clips, S segments of all clips together, Q captions, L tokens, D = 1024 embedding values,
 n samples. A checkpoint holds configuration, tokenizer, weights and what they were trained on, so
-that it loads with no other file and no network.
+that it loads with no other file and no network; what is read of it is checked in checkpoints.py.
 """
 
 import contextlib
@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import RobertaConfig
 
 from dualenc import InputError
 from dualenc.audio import (
@@ -31,24 +30,14 @@ from dualenc.audio import (
 )
 from dualenc.checkpoints import (
     FORMAT,
-    check_shapes,
     load_strictly,
-    read_checkpoint,
-    read_header,
+    read_model,
+    read_text_model,
     write_tensors,
 )
 from dualenc.config import PRESETS, DualEncoderConfig
 from dualenc.decoding import MAX_LEVEL, decode, to_int16
-from dualenc.text import (
-    PAD_ID,
-    TextTower,
-    load_tokenizer,
-    parse_tokenizer,
-    published_roberta,
-    published_roberta_config,
-    tokenize,
-    train_tokenizer,
-)
+from dualenc.text import TextTower, tokenize, train_tokenizer
 
 EMBED_CLIPS = 8  # at a time without gradients: enough to fill a CPU, little memory on a GPU
 EMBED_CAPTIONS = 64
@@ -72,16 +61,7 @@ class DualEncoder(nn.Module):
             config.audio_width, config.audio_depth, config.audio_heads, config.patch,
             config.patchout,
         )
-        self.text = TextTower(
-            RobertaConfig(
-                vocab_size=config.vocabulary, hidden_size=config.text_width,
-                num_hidden_layers=config.text_depth, num_attention_heads=config.text_heads,
-                intermediate_size=config.text_hidden, layer_norm_eps=1e-5, type_vocab_size=1,
-                max_position_embeddings=config.text_positions, pad_token_id=PAD_ID,
-                hidden_dropout_prob=config.text_dropout,
-                attention_probs_dropout_prob=config.text_dropout,
-            )
-        )
+        self.text = TextTower(config.roberta())
         self.audio_projection = nn.Linear(config.audio_width, config.embedding)
         self.text_projection = nn.Linear(config.text_width, config.embedding)
         self.tau = nn.Parameter(torch.tensor(config.tau), requires_grad=config.learn_tau)
@@ -210,21 +190,20 @@ class DualEncoder(nn.Module):
             changes: values of DualEncoderConfig that replace the preset's.
         """
         config = dataclasses.replace(PRESETS[preset], **changes)
-        if init == "pretrained":
-            text_model = text_model or "roberta-large"
-        if text_model:
-            tokenizer = load_tokenizer(text_model)
-            config = _with_sizes_of(config, published_roberta_config(text_model))
-        else:
+        pretrained = init == "pretrained"
+        if pretrained and text_model is None:
+            text_model = "roberta-large"
+        if text_model is None:
             tokenizer = train_tokenizer(captions, config.vocabulary)
-        if init == "pretrained":  # fetched, or the end, before the work of making a model
-            passt, roberta = published_passt(), published_roberta(text_model)
+        else:
+            tokenizer, config, roberta = read_text_model(text_model, config, pretrained)
+        passt = published_passt() if pretrained else None  # or the end, before a model is made
         model = cls(config, tokenizer)
         _scale_to_width(model.audio, PRESETS["report"].audio_width / config.audio_width)
         _scale_to_width(model.text, PRESETS["report"].text_width / config.text_width)
-        if init == "pretrained":
+        if pretrained:
             load_strictly(model.audio.passt, passt, "the published PaSST")
-            load_strictly(model.text.roberta, roberta, text_model)
+            load_strictly(model.text.roberta, roberta, f"--text-model {text_model}")
         return model
 
     def checkpoint(self) -> dict:
@@ -258,25 +237,10 @@ class DualEncoder(nn.Module):
         Raises:
             InputError: the file is missing, damaged, or neither of the two.
         """
-        checkpoint = read_checkpoint(path)
-        config, trained_on = read_header(checkpoint, path)
-        try:
-            if tokenizer is None and checkpoint["tokenizer"] is not None:
-                own = parse_tokenizer(checkpoint["tokenizer"])
-            else:
-                own = load_tokenizer(tokenizer or "roberta-large")
-            if max(own.get_vocab().values()) >= config.vocabulary:
-                raise ValueError(f"its tokenizer has more than {config.vocabulary} tokens")
-            # Held against the weights before memory is taken for a model of these sizes.
-            if max(config.audio_depth, config.text_depth) > len(checkpoint["model"]):
-                raise ValueError("it claims more layers than it has weights")
-            called = checkpoint.get("called", str)
-            check_shapes(checkpoint["model"], config.telling_shapes(), called)
-            model = cls(config, own)
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: is not a complete checkpoint ({error})") from error
-        load_strictly(model, checkpoint["model"], path, called)
-        model.trained_on = trained_on
+        saved = read_model(path, tokenizer)
+        model = cls(saved.config, saved.tokenizer)
+        load_strictly(model, saved.weights, path, saved.called)
+        model.trained_on = saved.trained_on
         return model.to(device).eval()
 
 
@@ -295,18 +259,6 @@ def _scale_to_width(tower: nn.Module, ratio: float) -> None:
 def by_length(captions: Sequence[str]) -> list[int]:
     """The order in which captions are embedded: neighbours of like length need little padding."""
     return sorted(range(len(captions)), key=lambda i: len(captions[i]))
-
-
-def _with_sizes_of(config: DualEncoderConfig, roberta: RobertaConfig) -> DualEncoderConfig:
-    return dataclasses.replace(
-        config,
-        vocabulary=roberta.vocab_size,
-        text_width=roberta.hidden_size,
-        text_depth=roberta.num_hidden_layers,
-        text_heads=roberta.num_attention_heads,
-        text_hidden=roberta.intermediate_size,
-        text_positions=roberta.max_position_embeddings,
-    )
 
 
 def _waveform(sound: str | os.PathLike | np.ndarray | Tensor) -> np.ndarray:

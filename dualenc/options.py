@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,6 +48,20 @@ def number(
         return value
 
     return parse
+
+
+def check_writable(*paths: Path | None) -> None:
+    """See, before long work, that files can be written, as far as that can be known.
+
+    Raises:
+        InputError: one is a folder, or there is no folder for it, and none can be made.
+    """
+    for path in filter(None, paths):
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder; name a file to be written")
+        there = next(parent for parent in path.absolute().parents if parent.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+            raise InputError(f"{path}: {there} is no folder that can be written to")
 
 
 def add_data_options(parser: Parser) -> None:

@@ -21,11 +21,11 @@ from dualenc.audio import SAMPLE_RATE
 from dualenc.document import Players, clock, match_list, percent, write_document
 from dualenc.index import Match, SoundIndex
 from dualenc.model import DualEncoder
-from dualenc.options import Parser, add_device_options, add_tokenizer_option, number
+from dualenc.options import Parser, add_device_options, add_tokenizer_option, check_writable, number
 from dualenc.processes import Processes
 from dualenc.runs import newest_best
-from dualenc.serve import serve
-from dualenc.sounds import sounds_below
+from dualenc.serve import Server, serve
+from dualenc.sounds import embed_file, sounds_below
 from dualenc.stages import place
 
 INDEX_NAME = ".dualenc-index"  # hidden: sounds_below passes over it
@@ -77,6 +77,7 @@ def _check_arguments(args) -> None:
         raise InputError(f"--like {args.like}: no such file")
     if args.sentence is not None and not args.sentence.strip():
         raise InputError("the sentence is empty")
+    check_writable(args.html)
 
 
 # --- The index ---
@@ -161,13 +162,17 @@ def main() -> int:
     checkpoint = args.checkpoint or newest_best()
     model = DualEncoder.load(checkpoint, tokenizer=args.tokenizer)
     model = place(model, args, Processes.start(args.device))
+    # Before the folder is embedded, which may take hours, the rest is seen to be possible.
+    server = Server(None, args.port) if args.serve else None
+    like = embed_file(model, args.like) if args.like else None
     index = open_index(model, args.audio, args.index)
-    if args.serve:
-        return serve(index, args.port)
+    if server:
+        server.index = index
+        return serve(server)
     given = args.like or args.sentence
     for query in [str(given)] if given else sentences():
-        search = index.search_like if args.like else index.search
-        matches = search(query, args.top, args.by)
+        embedded = model.embed_text([query]) if like is None else like
+        (matches,) = index.nearest(embedded, args.top, args.by)
         if args.json:
             print(json_line(query, matches), flush=True)
         else:

@@ -36,9 +36,9 @@ HEADERS = {
 }
 
 
-def serve(index: SoundIndex, port: int) -> int:
+def serve(server: "Server") -> int:
     """Serve until Ctrl-C."""
-    with Server(index, port) as server:
+    with server:
         print(f"http://{ADDRESS}:{server.server_port}/ (Ctrl-C ends it)", flush=True)
         try:
             server.serve_forever()
@@ -48,7 +48,7 @@ def serve(index: SoundIndex, port: int) -> int:
 
 
 class Server(ThreadingHTTPServer):
-    """Answers for one index.
+    """Answers for one index, which may be given to it after it has taken its port.
 
     Raises:
         InputError: the port is taken.
@@ -56,7 +56,7 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, index: SoundIndex, port: int = 0):
+    def __init__(self, index: SoundIndex | None, port: int = 0):
         self.index = index
         self.searching = threading.Lock()  # the model is used by one thread at a time
         try:

@@ -1,5 +1,8 @@
 """Sound files below a folder, of any length -> embeddings of each file and of its 10 s segments.
 
+Here is what concerns files: finding them, their stamps, embedding them; index.py keeps and searches
+what comes of it.
+
 Shapes: s segments of one file, D embedding values.
 """
 
@@ -15,7 +18,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from dualenc import InputError
 from dualenc.audio import MIN_REMAINDER, SEGMENT_SAMPLES, cut
@@ -73,6 +78,48 @@ def file_stamp(path: Path) -> tuple[int, int]:
     if not stat.S_ISREG(found.st_mode):
         raise InputError(f"{path}: is not a file")
     return found.st_size, found.st_mtime_ns
+
+
+def file_stamps(
+    paths: Iterable[str | os.PathLike], root: Path
+) -> tuple[dict[bytes, tuple[int, int]], list[str]]:
+    """The stamp of each file by its name relative to root, and which files are none.
+
+    Raises:
+        InputError: a path lies outside of root.
+    """
+    stamps, faults = {}, []
+    for path in paths:
+        name = os.path.relpath(path, root)
+        if name.startswith(os.pardir + os.sep):
+            raise InputError(f"{path}: lies outside of the index's folder {root}")
+        try:
+            if Path(name).suffix.lower() not in AUDIO_SUFFIXES:
+                raise InputError(f"{path}: has no sound file's ending")
+            stamps[os.fsencode(name)] = file_stamp(Path(path))
+        except InputError as error:
+            faults.append(str(error))
+    return stamps, faults
+
+
+def begins(path: Path) -> bool:
+    """Whether a sound file can be decoded at least at its start."""
+    try:
+        return bool(len(next(decode_blocks(path))))
+    except InputError:
+        return False
+
+
+def embed_file(model: DualEncoder, path: str | os.PathLike) -> Tensor:
+    """Embed one file: (1, D) of unit norm, a query for files that sound like it.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    (found,) = embed_files(model, [Path(path)])
+    if isinstance(found, InputError):
+        raise found
+    return torch.from_numpy(found.embedding)[None]
 
 
 def embed_files(model: DualEncoder, paths: Iterable[Path]) -> Iterator[Embedded | InputError]:

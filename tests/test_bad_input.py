@@ -4,6 +4,7 @@ The tables hold one row per case. What can be read is read: the last table of ea
 """
 
 import contextlib
+import json
 import os
 import resource
 import shutil
@@ -394,8 +395,14 @@ BAD_OPTIONS = [
         ("log-every", "0"), ("checkpoint-every", "0"), ("workers", "-1"), ("workers", "1000000"),
         ("tau", "0"), ("tau", "nan"), ("tau", "5"), ("preset", "huge"), ("precision", "fp8"),
         ("device", "gpu"), ("device", "cuda:99"), ("init", "nowhere.pt"),
-        ("out", "{file}"),
+        ("out", "{file}"), ("text-dropout", "0.95"), ("text-dropout", "nan"), ("tokenizer", "a"),
     ]],
+    (train, ["--patchout", "-1", "0"], "argument --patchout"),
+    (train, ["--patchout", "1", "0"], "--patchout: patchout (1, 0) leaves none of 1 x 125"),
+    (train, ["--patchout", "0", "125"], "--patchout: patchout (0, 125) leaves none of 1 x 125"),
+    (train, ["--text-model", "nowhere"], "--text-model nowhere: cannot be fetched"),
+    (train, ["--text-model", ""], "--text-model : "),
+    (train, ["--init", "{checkpoint}", "--text-dropout", "0.1"], "--text-dropout go with --init"),
     (train, ["--datasets", "clothho"], "clothho: not a data set"),
     (train, ["--validation", "clothho"], "clothho: not a data set"),
     (train, ["--min-lr", "1"], "--min-lr 1 is above --max-lr"),
@@ -410,8 +417,8 @@ BAD_OPTIONS = [
     (distill, ["--teachers"], "--teachers"),
     (distill, ["--teachers", "a.pt", "b.pt"], "no such file (2)"),
     (distill, [*TEACHER, "{checkpoint}"], "the same file is named twice"),
-    (distill, [*TEACHER, "{file}"], "{file}: is damaged or not a checkpoint"),
     (distill, [*TEACHER, "--init", "nowhere.pt"], "--init nowhere.pt"),
+    (distill, [*TEACHER, "--init", ""], "--init : is neither"),
     (distill, [*TEACHER, "--contrastive-weight", "-1"], "--contrastive-weight"),
     (distill, [*TEACHER, "--contrastive-weight", "0", "--distillation-weight", "0"], "nothing"),
     (evaluate, ["--split", "training"], "--split"),
@@ -419,6 +426,15 @@ BAD_OPTIONS = [
     (evaluate, ["--checkpoint", "nowhere.pt"], "nowhere.pt"),
     (evaluate, [], "no run with a best.pt"),
     (evaluate, ["--checkpoint", "{checkpoint}", "--annotations", "nowhere.csv"], "nowhere.csv"),
+    *[(evaluate, ["--checkpoint", "{checkpoint}", f"--{name}", value], words)
+      for name, value, words in [
+        ("json", "{file}/x", "{file}/x: {file} is no folder"), ("json", ".", "is a folder"),
+        ("html", "{file}/x", "{file}/x: {file} is no folder"), ("html", ".", "is a folder"),
+        ("submission", "{file}/x", "{file}/x: {file} is no folder"), ("submission", ".", "folder"),
+        ("tokenizer", "nowhere", "evaluate.py: --tokenizer nowhere: cannot be fetched"),
+        ("tokenizer", "", "evaluate.py: --tokenizer : "),
+        ("tokenizer", "{file}", "evaluate.py: --tokenizer {file}: is not a tokenizer"),
+    ]],
 ]
 
 
@@ -434,6 +450,12 @@ def test_bad_options(refused, checkpoint, no_model, tmp_path, script, arguments,
     lines = refused(script, *common, *map(filled, arguments))
     assert filled(words) in lines[0] and len(lines) == (3 if "(2)" in words else 1)
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_that_cannot_be_written(refused, tmp_path):
+    (tmp_path / "file").write_text("of something else")
+    lines = refused(train, *TINY, "--cache-dir", tmp_path / "file")
+    assert "file/clotho-development" in lines[0] and "cannot be written" in lines[0]
 
 
 # --- Checkpoints ---
@@ -457,7 +479,17 @@ def without(key):
     return change
 
 
+def with_config(**values):
+    def change(path):
+        checkpoint = torch.load(path, weights_only=True)
+        torch.save(checkpoint | {"config": checkpoint["config"] | values}, path)
+
+    return change
+
+
 BAD_CHECKPOINTS = {
+    "a whole tau": (with_config(tau=1, learn_tau=True), "not a complete checkpoint (tau is a int)"),
+    "more dropout than all": (with_config(text_dropout=5.0), "(text_dropout is 5.0)"),
     "empty": (lambda path: path.write_bytes(b""), "is damaged or not a checkpoint"),
     "text": (lambda path: path.write_text("x" * 999), "is damaged or not a checkpoint"),
     "truncated": (lambda path: os.truncate(path, 1_000_000), "is damaged or not a checkpoint"),
@@ -479,6 +511,24 @@ def test_bad_checkpoints(refused, checkpoint, no_model, case):
         (line,) = refused(script, option, checkpoint)
         assert str(checkpoint) in line
         assert words in line or (case == "a folder" and "file" in line)
+
+
+@pytest.mark.parametrize("bad", [{"tau": torch.tensor(float("nan"))}, None])
+def test_the_last_teacher_is_looked_at_before_the_first_embeds(
+    refused, checkpoint, monkeypatch, tmp_path, bad
+):
+    monkeypatch.setattr(distill, "embed_split", None)
+    whole = torch.load(checkpoint, weights_only=True)
+    torch.save(bad and whole | {"model": whole["model"] | bad}, "bad.pt")
+    (line,) = refused(distill, "--teachers", checkpoint, "bad.pt")
+    assert line.startswith("distill.py: bad.pt: ") and not (tmp_path / "cache").exists()
+
+
+def test_teachers_embeddings_that_cannot_be_written(refused, checkpoint, no_model, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/teachers").write_text("of something else")
+    (line,) = refused(distill, "--teachers", checkpoint, "--out", "runs/a")
+    assert "runs/teachers is no folder that can be written to" in line
 
 
 # --- Where a run is written ---
@@ -635,8 +685,8 @@ def small_disk(folder):
 def test_published_weights_that_cannot_be_fetched(refused, monkeypatch, no_model, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     (line,) = refused(train)
-    assert "RoBERTa 'roberta-large' cannot be fetched" in line
-    assert "--text-model" in line and "--preset tiny" in line
+    assert "--text-model roberta-large: cannot be fetched" in line
+    assert "save_pretrained" in line and "--preset tiny" in line
 
 
 def test_passt_that_cannot_be_fetched(refused, monkeypatch, roberta, no_model, capfd):
@@ -661,6 +711,55 @@ def roberta(tiny, tmp_path):
         tokenizer_object=tiny.tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     ).save_pretrained(folder)
     return folder
+
+
+def with_roberta_config(**values):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | values))
+
+    return change
+
+
+def with_weights(content):
+    return lambda folder: (folder / "model.safetensors").write_bytes(content)
+
+
+def with_another_pad(folder):
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text.replace('"<pad>"', '"<pod>"'))
+
+
+BAD_ROBERTAS = {
+    "no tokenizer": (lambda f: [p.unlink() for p in f.glob("tokenizer*")], "its tokenizer is miss"),
+    "garbled tokenizer": (lambda f: (f / "tokenizer.json").write_text("x"), "its tokenizer cannot"),
+    "another <pad>": (with_another_pad, "<pad> has not the id 1"),
+    "no config.json": (lambda f: (f / "config.json").unlink(), "its configuration cannot"),
+    "a list": (lambda f: (f / "config.json").write_text("[]"), "its configuration cannot"),
+    "another kind": (with_roberta_config(model_type="bert"), "is a bert, not a roberta"),
+    "a width of text": (with_roberta_config(hidden_size="x"), "'hidden_size'"),
+    "five heads": (with_roberta_config(num_attention_heads=5), "heads do not divide the width"),
+    "few positions": (with_roberta_config(max_position_embeddings=20), "20 are too few"),
+    "few tokens": (with_roberta_config(vocab_size=77), "its tokenizer has more than 77 tokens"),
+    "relu": (with_roberta_config(hidden_act="relu"), "its hidden_act is relu, and only gelu"),
+    "epsilon": (with_roberta_config(layer_norm_eps=1e-12), "its layer_norm_eps is 1e-12, and only"),
+    "types": (with_roberta_config(type_vocab_size=2), "its type_vocab_size is 2, and only 1"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "its weights cannot be"),
+    "empty weights": (with_weights(b""), "header too small"),
+    "garbage": (with_weights(b"x" * 5000), "header too large"),
+    "cut off": (lambda f: os.truncate(f / "model.safetensors", 1000), "header"),
+    "other sizes": (with_roberta_config(intermediate_size=77), "intermediate.dense.bias, or"),
+    "more layers": (with_roberta_config(num_hidden_layers=3), "its weights lack encoder.layer.2."),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROBERTAS)
+def test_bad_text_models(refused, roberta, no_model, capfd, case):
+    spoil, words = BAD_ROBERTAS[case]
+    spoil(roberta)
+    capfd.readouterr()  # save_pretrained's bar
+    (line,) = refused(train, *TINY, "--init", "pretrained", "--text-model", roberta)
+    assert line.startswith(f"train.py: --text-model {roberta}: ") and words in line
 
 
 # --- The real commands ---

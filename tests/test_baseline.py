@@ -202,6 +202,15 @@ def test_a_tokenizer_of_another_model_is_refused(baseline, tmp_path):
             lambda w: w.update({"audio_projection.bias": torch.zeros(3)}),
             r"audio_projection.bias has shape \(3,\), not \(1024,\)",
         ),
+        (lambda w: w.update({1: torch.zeros(1)}), "has 1, which is unknown"),
+        *[
+            (lambda w, name=name: w.update({name: torch.tensor(1.0)}), "not the baseline's shape")
+            for name in (
+                "audio_projection.weight",
+                "text_embedding_model.embeddings.position_embeddings.weight",
+                "text_embedding_model.encoder.layer.0.intermediate.dense.weight",
+            )
+        ],
     ],
 )
 def test_names_what_does_not_fit(change, message, baseline, tokenizer_file, tmp_path):

@@ -234,7 +234,7 @@ def test_script_compares_averages_and_joins(run_script, checkpoint, tiny, tmp_pa
     assert out.count("95 % interval") == 3 * 3  # of each run, each row
     assert "mean of 3 runs" in out and "standard deviation" in out
     assert len(json.loads((tmp_path / "s.json").read_text())["models"]) == 3
-    both = run_script("--ensemble", checkpoint, checkpoint)
+    both = run_script("--ensemble", checkpoint, shutil.copy(checkpoint, tmp_path / "copy.pt"))
     # The same twice is an ensemble that changes nothing.
     assert both.splitlines()[3:] == run_script("--checkpoint", checkpoint).splitlines()[3:]
     with pytest.raises(InputError, match="no such run"):
@@ -275,13 +275,24 @@ def test_script_writes_submissions(run_script, checkpoint, miniature, tmp_path):
         (["--submission", "x", "--queries", "q", "--annotations", "a"], "--queries have none"),
         (["--top", "3"], "go with --submission"),
         (["--compare", "a.pt", "b.pt", "--ensemble", "c.pt"], "not allowed with"),
+        (["--ensemble", "a.pt", "./a.pt"], "--ensemble: the same file is named twice"),
     ],
 )
 def test_script_refuses_options_that_contradict_each_other(
     options, message, run_script, checkpoint
 ):
+    chosen = {"--compare", "--ensemble"} & {*options}
     with pytest.raises(InputError, match=message):
-        run_script(*([] if "--compare" in options else ["--checkpoint", checkpoint]), *options)
+        run_script(*([] if chosen else ["--checkpoint", checkpoint]), *options)
+
+
+def test_a_log_that_is_none_is_told_before_anything_is_embedded(
+    run_script, checkpoint, tmp_path, monkeypatch
+):
+    (tmp_path / "log.jsonl").write_text('{"teachers": 5}\n')
+    monkeypatch.setattr(script, "embed", None)
+    with pytest.raises(InputError, match="log.jsonl: line 1 is not of a run's log"):
+        run_script("--checkpoint", checkpoint, "--html", tmp_path / "page.html")
 
 
 def test_figures_in_the_table_are_percent_with_their_interval():

@@ -20,7 +20,6 @@ from dualenc.cache import open_cache
 from dualenc.checkpoints import read_tensors
 from dualenc.layouts import read_split
 from dualenc.model import DualEncoder
-from dualenc.text import load_tokenizer
 
 TINY = ["--preset", "tiny", "--batch-size", 16, "--workers", 0, "--epochs", 1]
 TRACE = "it-ran"
@@ -130,6 +129,31 @@ def test_views_that_claim_more_than_the_file_holds(checkpoint, little_memory):
         DualEncoder.load(checkpoint)
 
 
+class Allocating:
+    """Unpickled, it takes as much memory as a number says."""
+
+    def __init__(self, kind, size):
+        self.kind, self.size = kind, size
+
+    def __reduce__(self):
+        return self.kind, (self.size,)
+
+
+@pytest.mark.parametrize("kind", [bytearray, torch.FloatTensor])
+def test_memory_that_a_number_asks_for(checkpoint, little_memory, kind):
+    changed(checkpoint, more=Allocating(kind, 10**8))  # enough to be found, and there
+    with pytest.raises(InputError, match="tiny.pt: is damaged .* nothing was loaded"):
+        DualEncoder.load(checkpoint)
+
+
+def test_names_that_a_checkpoint_gives_are_not_called(checkpoint):
+    weights = torch.load(checkpoint, weights_only=True)["model"]
+    del weights["tau"]
+    changed(checkpoint, model=weights, called=5)
+    with pytest.raises(InputError, match="lacks tau"):
+        DualEncoder.load(checkpoint)
+
+
 @pytest.mark.parametrize("value", [
     torch.tensor(float("nan")), torch.tensor(1), torch.tensor(1 + 2j), torch.zeros(2), "text",
     torch.sparse_coo_tensor([[0]], [1.0], (10**12,), check_invariants=True),
@@ -166,8 +190,8 @@ def test_moments_of_other_shapes(command):
 @pytest.mark.parametrize("text", ["", "{}", "[]", "null", "[" * 100_000, '{"model": 1}', "\0"])
 def test_tokenizers_that_are_none(checkpoint, text):
     Path("tokenizer.json").write_text(text)
-    with pytest.raises(InputError, match="tokenizer.json: is not a tokenizer"):
-        load_tokenizer("tokenizer.json")
+    with pytest.raises(InputError, match="^--tokenizer tokenizer.json: is not a tokenizer"):
+        DualEncoder.load(checkpoint, tokenizer="tokenizer.json")
     changed(checkpoint, tokenizer=text)
     with pytest.raises(InputError, match="is not a complete checkpoint"):
         DualEncoder.load(checkpoint)

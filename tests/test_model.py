@@ -1,6 +1,7 @@
 """The dual encoder as its users call it."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
+import evaluate
 from dualenc import InputError
 from dualenc.config import PRESETS, DualEncoderConfig
 from dualenc.model import DualEncoder
@@ -138,6 +140,28 @@ def test_loading_is_strict_and_names_the_fault(tiny, tmp_path):
     torch.save(checkpoint | {"config": wider}, path)
     with pytest.raises(InputError, match="has shape"):
         DualEncoder.load(path)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_embed_alike(tiny):
+    plain = tiny.embed_text(CAPTIONS)
+    torch._dynamo.utils.counters.clear()
+    tiny.compile_blocks()
+    torch.testing.assert_close(tiny.embed_text(CAPTIONS), plain, rtol=0, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1  # it was compiled
+    torch._dynamo.reset()
+
+
+def test_where_nothing_can_be_compiled_one_line_says_so(command, tiny, monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("no C++ compiler\nand a long story")
+
+    tiny.save("a.pt")
+    monkeypatch.setattr(torch, "compile", fail)
+    status, printed = command(evaluate, "--checkpoint", "a.pt", "--compile")
+    reason = "--compile: cannot be done here (no C++ compiler); leave it out"
+    assert status == 2 and printed == f"evaluate.py: {reason}\n"
 
 
 def test_config_is_plain_numbers():

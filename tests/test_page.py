@@ -78,6 +78,13 @@ def test_curves_of_several_runs_in_one_picture(tmp_path, monkeypatch, capsys):
         ("", "c.svg", "is empty"),
         ('{"stage": "train"}\nnonsense\n', "c.svg", "line 2 is not of a run's log"),
         ('{"stage": "train"}\n{"step": 3}\n', "c.svg", "line 2 is not of a run's log"),
+        ("5\n", "c.svg", "line 1 is not of a run's log"),
+        ("[]\n", "c.svg", "line 1 is not of a run's log"),
+        ("[" * 100_000 + "\n", "c.svg", "line 1 is not of a run's log"),
+        ('{"teachers": 5}\n', "c.svg", "line 1 is not of a run's log"),
+        ('{"teachers": [5]}\n', "c.svg", "line 1 is not of a run's log"),
+        ('{}\n{"step": 3, "loss": 1, "validation": 5}\n', "c.svg", "line 2 is not of a run's log"),
+        ('{}\n{"step": 3, "loss": "1"}\n', "c.svg", "line 2 is not of a run's log"),
         ('{"stage": "train"}\n', "c.gif", "must end in .svg or .png"),
     ],
 )

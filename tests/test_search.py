@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import socket
 import sys
 
 import numpy as np
@@ -231,6 +232,7 @@ def test_only_new_and_changed_files_are_embedded(model, folder, tmp_path, monkey
     monkeypatch.setattr(
         sounds, "decode_blocks", lambda path: read.append(path.name) or decode_blocks(path)
     )
+    monkeypatch.setattr("dualenc.index.begins", lambda path: True)  # it reads the first file, too
     place = tmp_path / "index"
 
     def update():
@@ -323,6 +325,9 @@ def test_a_header_cannot_lead_elsewhere(model, folder, tmp_path):
     header["generation"] = "../" + header["generation"]
     (tmp_path / "index.json").write_text(json.dumps(header))
     with pytest.raises(InputError, match="is no generation"):
+        SoundIndex.load(tmp_path, model)
+    (tmp_path / "index.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match="is damaged or not an index"):
         SoundIndex.load(tmp_path, model)
     with pytest.raises(InputError, match="holds no index"):
         SoundIndex.load(tmp_path / "nowhere", model)
@@ -422,6 +427,12 @@ def test_another_tokenizer(command, folder, model, tmp_path, capsys):
         (["a dog", "--audio", "sounds", "--index", "file/index"], "cannot be written.*--index"),
         (["--like", "file", "--audio", "sounds"], "file: cannot be decoded"),
         (["--like", "gone.wav", "--audio", "sounds"], "--like gone.wav: no such file"),
+        (["a dog", "--audio", "sounds", "--html", "file/x.html"], "x.html: .*file is no folder"),
+        (["a dog", "--audio", "sounds", "--html", "empty"], "empty: is a folder"),
+        (["a dog", "--audio", "sounds", "--top", "0"], "argument --top"),
+        (["a dog", "--audio", "sounds", "--by", "word"], "argument --by"),
+        (["a dog", "--audio", "sounds", "--device", "gpu"], "--device gpu"),
+        (["--serve", "--audio", "sounds", "--port", "70000"], "argument --port"),
     ],
 )
 def test_bad_input_is_one_line(command, folder, tmp_path, monkeypatch, model, arguments, message):
@@ -434,3 +445,12 @@ def test_bad_input_is_one_line(command, folder, tmp_path, monkeypatch, model, ar
     with pytest.raises(InputError, match=message) as error:
         command(*arguments)
     assert "\n" not in str(error.value)
+    assert not (folder / search.INDEX_NAME).exists()  # before the folder is embedded
+
+
+def test_a_port_that_is_taken_is_told_before_the_folder_is_embedded(command, folder):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(InputError, match=f"--port {port}: .*name another"):
+            command("--serve", "--port", port, "--audio", folder)
+    assert not (folder / search.INDEX_NAME).exists()

@@ -1,11 +1,16 @@
 """Captions to tokens to RoBERTa, against transformers used plainly."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from tokenizers import Tokenizer
 from transformers import RobertaConfig, RobertaModel, RobertaTokenizer
 
-from dualenc import InputError, text
+from dualenc import text
 
 CAPTIONS = [
     "A dog barks loudly, twice.", "Rain falls on a tin roof", "Wind, and a far-off bell!",
@@ -56,7 +61,7 @@ def test_long_captions_are_cut_at_32_tokens(tokenizer):
 def test_training_is_repeatable_and_serialises(tokenizer):
     again = text.train_tokenizer(CAPTIONS, 400)
     assert again.to_str() == tokenizer.to_str()
-    parsed = text.parse_tokenizer(tokenizer.to_str())
+    parsed = text.parse_tokenizer(tokenizer.to_str(), 400)
     assert torch.equal(text.tokenize(parsed, CAPTIONS), text.tokenize(tokenizer, CAPTIONS))
 
 
@@ -65,12 +70,12 @@ def test_published_files_give_the_same_tokens_as_transformers(folder, tokenizer)
     normalised = [text.normalise(caption) for caption in CAPTIONS]
     wanted = theirs(normalised, padding="longest", truncation=True, max_length=32)["input_ids"]
     for source in (folder, folder / "tokenizer.json"):
-        ours = text.load_tokenizer(source)
+        ours = text.load_tokenizer(source, 400)
         assert text.tokenize(ours, CAPTIONS).tolist() == wanted
 
 
 def test_tower_equals_roberta_padded_to_32(folder):
-    tokenizer = text.load_tokenizer(folder)
+    tokenizer = text.load_tokenizer(folder, 400)
     tower = text.TextTower(text.published_roberta_config(str(folder))).eval()
     tower.roberta.load_state_dict(text.published_roberta(str(folder)))
     theirs = RobertaModel.from_pretrained(folder, add_pooling_layer=False).eval()
@@ -86,21 +91,35 @@ def test_tower_equals_roberta_padded_to_32(folder):
 
 def test_loading_prints_nothing(folder, capfd):
     text.published_roberta(str(folder))
-    text.load_tokenizer(folder)
+    text.load_tokenizer(folder, 400)
     printed = capfd.readouterr()
     assert printed.out == printed.err == ""
 
 
 def test_unknown_names_give_one_line_with_the_ways_out():
-    for load in (text.load_tokenizer, text.published_roberta_config, text.published_roberta):
-        with pytest.raises(InputError, match="no-such-roberta.*--text-model.*--preset tiny"):
+    for load in (text.published_roberta_config, text.published_roberta):
+        with pytest.raises(ValueError, match="cannot be fetched.*save_pretrained.*--preset tiny"):
             load("no-such-roberta")
+    with pytest.raises(ValueError, match="cannot be fetched.*save_pretrained.*--preset tiny"):
+        text.load_tokenizer("no-such-roberta", 400)
+
+
+def test_without_network_the_command_ends_soon_and_in_one_line(miniature, tmp_path):
+    """A user's machine: nothing is cached, and nobody has set HF_HUB_OFFLINE."""
+    settings = {name: v for name, v in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    settings |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "NO_PROXY": "*"}
+    ended = subprocess.run(
+        [sys.executable, "train.py", "--data-dir", miniature, "--out", tmp_path / "run"],
+        cwd=Path(__file__).parents[1], env=settings, capture_output=True, text=True, timeout=15,
+    )
+    assert ended.returncode == 2 and ended.stdout == "" and ended.stderr.count("\n") == 1
+    assert ended.stderr.startswith("train.py: --text-model roberta-large: cannot be fetched")
 
 
 def test_another_tokenizer_is_refused():
     from tokenizers.models import BPE
 
-    with pytest.raises(ValueError, match="not a RoBERTa"):
-        text.parse_tokenizer(Tokenizer(BPE()).to_str())
+    with pytest.raises(ValueError, match="not RoBERTa's"):
+        text.parse_tokenizer(Tokenizer(BPE()).to_str(), 400)
     with pytest.raises(ValueError):
-        text.parse_tokenizer("{}")
+        text.parse_tokenizer("{}", 400)
