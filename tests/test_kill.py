@@ -112,7 +112,7 @@ def kill_again_and_again(
                 break
             assert process.exitcode == -9, (here / "output.txt").read_text()
             kills -= 1
-            within += any(here.rglob(f".*.pt.{process.pid}.tmp"))
+            within += any(here.rglob(f".*.pt.*.{process.pid}.tmp"))
         differing += [f"{here.name}: {what}" for what in differences(folder / "whole", here)]
     return within, runs, differing
 
