@@ -7,6 +7,7 @@ weights, noise.
 """
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -27,56 +28,41 @@ CAPTIONS_PER_CLIP = 5
 PLAIN_BATCH = 12  # pairs
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--clips", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--device", default="auto")
-    args = parser.parse_args()
-    device = Processes.start(args.device).device
-    torch.manual_seed(0)
-    ours = DualEncoder.create("report", "random", random_captions(500)).to(device).eval()
-    plain = PlainRecipe(ours).eval()
-    clips = random_clips(torch.linspace(15, 30, args.clips).tolist())
-    captions = random_captions(CAPTIONS_PER_CLIP * args.clips)
-    pairs = [(clips[i // CAPTIONS_PER_CLIP], caption) for i, caption in enumerate(captions)]
+def embed_plain(plain, clips, captions, device):
+    """By the plain recipe: every caption brings its clip along."""
+    precision = torch.float16 if device.type == "cuda" else torch.float32
+    audio, text = [], []
+    with torch.autocast(device.type, precision, enabled=device.type == "cuda"):
+        for start in range(0, len(captions), PLAIN_BATCH):
+            words = captions[start : start + PLAIN_BATCH]
+            rows = range(start, start + len(words))
+            audio.append(plain.encode_audio([clips[i // CAPTIONS_PER_CLIP] for i in rows]))
+            text.append(plain.encode_text(words))
+    return torch.cat(audio)[::CAPTIONS_PER_CLIP].cpu(), torch.cat(text).cpu()
 
-    @torch.inference_mode()
-    def embed_plain():
-        precision = torch.float16 if device.type == "cuda" else torch.float32
-        with torch.autocast(device.type, precision, enabled=device.type == "cuda"):
-            parts = [pairs[i : i + PLAIN_BATCH] for i in range(0, len(pairs), PLAIN_BATCH)]
-            audio = torch.cat([plain.encode_audio([clip for clip, _ in part]) for part in parts])
-            text = torch.cat([plain.encode_text([words for _, words in part]) for part in parts])
-        return audio[::CAPTIONS_PER_CLIP].cpu(), text.cpu()
 
-    def embed_ours():
-        return ours.embed_audio(clips), ours.embed_text(captions)
+@torch.inference_mode()
+def compare(ours, plain, clips, captions, device, rounds):
+    def theirs():
+        return embed_plain(plain, clips, captions, device)
 
-    print(machine(device))
+    def mine(precision, of_text=True):
+        ours.precision = precision
+        return ours.embed_audio(clips), ours.embed_text(captions if of_text else [])
+
     if device.type == "cpu":  # fp32 on both sides
-        worst = max(
-            (a - b).abs().max().item() for a, b in zip(embed_ours(), embed_plain(), strict=True)
-        )
+        worst = max((a - b).abs().max().item() for a, b in zip(mine(None), theirs(), strict=True))
         print(f"agreement: embeddings within {worst:.1e}", flush=True)
         assert worst < 1e-4
     precisions = {
         "equal precision": torch.float16 if device.type == "cuda" else None,
         "our defaults": choose_precision("auto", device),
     }
-
-    def in_precision(precision, function, *what):
-        def call():
-            ours.precision = precision
-            function(*what)
-
-        return call
-
-    sides = {"plain": embed_plain}
+    sides = {"plain": theirs}
     for label, precision in precisions.items():
-        sides[label] = in_precision(precision, embed_ours)
-        sides[f"{label}, audio"] = in_precision(precision, ours.embed_audio, clips)
-    times = medians(sides, args.rounds, device, warm_up=int(device.type == "cuda"))
+        sides[label] = functools.partial(mine, precision)
+        sides[f"{label}, audio"] = functools.partial(mine, precision, of_text=False)
+    times = medians(sides, rounds, device, warm_up=int(device.type == "cuda"))
     segments = sum(len(cut(clip)) for clip in clips)
     for label, precision in precisions.items():
         kind = precision or torch.float32
@@ -87,6 +73,21 @@ def main():
             f"{rate / 1e9:,.0f} GFLOP/s, {100 * rate / matrix_rate(device, kind):.0f} % of the "
             "matrix rate", flush=True,
         )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--clips", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    device = Processes.start(args.device).device
+    torch.manual_seed(0)
+    ours = DualEncoder.create("report", "random", random_captions(500)).to(device).eval()
+    clips = random_clips(torch.linspace(15, 30, args.clips).tolist())
+    print(machine(device))
+    captions = random_captions(CAPTIONS_PER_CLIP * args.clips)
+    compare(ours, PlainRecipe(ours).eval(), clips, captions, device, args.rounds)
 
 
 if __name__ == "__main__":
