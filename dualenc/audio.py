@@ -76,8 +76,9 @@ def _mel_filters(fmin: float, fmax: float, device: torch.device) -> Tensor:
 class LogMel(AugmentMelSTFT):
     """PaSST's own log-mel with its outputs unchanged, but for the cost.
 
-    hear21passt computes the filters anew at every call; here they are kept. Its frequency and time
-    masking are off, as in the baseline; the jitter of fmin and fmax stays, in training only.
+    hear21passt computes the filters anew at every call; here they are kept where nothing jitters
+    them. Its frequency and time masking are off, as in the baseline; the jitter of fmin and fmax
+    stays, in training only.
     """
 
     def __init__(self):
@@ -111,7 +112,7 @@ class LogMel(AugmentMelSTFT):
 
 
 class Attention(nn.Module):
-    """An attention block of hear21passt's with the same weights, by the fused kernel.
+    """An attention block of hear21passt's with the same weights, by the faster way.
 
     In bf16 on a CPU the products written out are faster (8 segments with patchout, forward and
     backward: 20 ms a block against 48); elsewhere the kernel, in float32 by a factor of up to 9.

@@ -39,7 +39,7 @@ from dualenc.config import PRESETS, DualEncoderConfig
 from dualenc.decoding import MAX_LEVEL, decode, to_int16
 from dualenc.text import TextTower, tokenize, train_tokenizer
 
-EMBED_CLIPS = 8  # at a time without gradients: enough to fill a CPU, little memory on a GPU
+EMBED_CLIPS = 8  # packed at a time without gradients, and the unit that processes share
 EMBED_CAPTIONS = 64
 
 
