@@ -1,5 +1,5 @@
 # make setup   create .venv and install the requirements, only when they changed
-# make demo    the whole system on miniature data: data, train, distill, evaluate, one table
+# make demo    demo.sh: data, train, distill, evaluate on miniature data, one table
 # make test    ruff and the test suite
 
 PYTHON ?= python3
@@ -15,7 +15,7 @@ setup: .venv/installed
 	touch $@
 
 demo: setup
-	$(BIN)/python -m dualenc.demo
+	./demo.sh
 
 test: setup
 	$(BIN)/ruff check .

@@ -1,187 +1,303 @@
-"""Checkpoint -> embeddings -> figures with confidence intervals (report, section 6 and Table 1).
+"""Checkpoints -> embeddings -> Table 1 with confidence intervals (report, section 6).
 
-    python evaluate.py --split test                           # the newest run's best.pt
-    python evaluate.py --split test --checkpoint runs/NAME/best.pt --json results.json
-    python evaluate.py --split test --html page.html          # to look at and listen to
-    python evaluate.py --compare a.pt b.pt                    # their difference, and how sure it is
-    python evaluate.py --ensemble a.pt b.pt                   # ranked by their mean similarity
-    python evaluate.py --seeds 'runs/train-clotho-seed*'      # mean and deviation over runs
-    python evaluate.py --dataset audiocaps                    # as in the AudioCaps literature
+    python evaluate.py --split test                               # the newest run's best.pt
+    python evaluate.py --split test --checkpoint A.pt B.pt C.pt   # a row each
+    python evaluate.py --split test --ensemble A.pt B.pt          # one row of both
+    python evaluate.py --split test --html page.html              # to look at and listen to
+    python evaluate.py --dataset my_sounds/ --split val           # what was held out of a folder
     python evaluate.py --submission out.csv --queries queries.csv --audio FOLDER
 """
 
+import ast
+import csv
 import json
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from dualenc import InputError, replacing, run
-from dualenc.checkpoints import read_model
-from dualenc.evaluation import Evaluation, evaluate, joined, read_annotations
-from dualenc.layouts import ANNOTATIONS, Split
-from dualenc.model import DualEncoder
-from dualenc.options import (
-    Parser,
-    add_data_options,
-    add_device_options,
-    add_tokenizer_option,
-    check_writable,
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dualenc.audio import sounds_below
+from dualenc.data import Clip, Split, decode, read_csv, read_split, was_seen
+from dualenc.errors import InputError, Parser, replacing, run
+from dualenc.metrics import METRICS, bootstrap, interval, query_metrics, ranks
+from dualenc.model import (
+    PRECISIONS, DualEncoder, choose_device, choose_precision, newest_checkpoint, read_checkpoint,
 )
-from dualenc.page import runs_behind, write_evaluation
-from dualenc.processes import Processes, embed_split
-from dualenc.runs import best_of, newest_best
-from dualenc.stages import choose_precision, describe, open_caches, place, precision_name
-from dualenc.submission import add_challenge_options, what_is_ranked, write_submission
-from dualenc.tables import (
-    coverage,
-    is_reports_split,
-    of_comparison,
-    of_one,
-    of_runs,
-    report_table,
-)
+from dualenc.page import write_evaluation
+
+CAPTIONS, NEW = "captions", "new annotations"  # what says which clips are relevant to a query
+COLUMNS = {  # of the table: (what says so, metric)
+    "new mAP@16": (NEW, "mAP@16"), "new mAP@10": (NEW, "mAP@10"), "mAP@10": (CAPTIONS, "mAP@10"),
+    "R@1": (CAPTIONS, "R@1"), "R@5": (CAPTIONS, "R@5"), "R@10": (CAPTIONS, "R@10"),
+}
+REPORTS_SPLIT = ("clotho/evaluation", 1045)  # of so many clips; the report calls it test
+SURE_CLIPS = 100  # from which on 94 % of the intervals hold the truth; with 10 clips 82 % do
+REPORT = {  # Table 1, in percent; row 3's first figure is the baseline's mAP@16, row 1's its mAP@10
+    "Clotho, contrastive": ("-", 31.95, 27.57, 16.95, 42.73, 58.04),
+    "Clotho, distilled": ("-", 32.54, 28.20, 16.44, 43.89, 58.89),
+    "Clotho + AudioCaps, contrastive": (35.21, "-", 30.97, 19.56, 46.45, 59.48),
+    "Clotho + AudioCaps, distilled": ("-", 37.21, 32.75, 19.80, 47.45, 60.48),
+}
 
 
 def parse_arguments():
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--split", choices=("test", "val", "train"), default="test",
-        help="of the data set (default test)",
-    )
-    parser.add_argument(
-        "--dataset", default="clotho", metavar="NAME",
-        help="clotho, audiocaps, or a folder with a captions.csv (default clotho)",
-    )
-    what = parser.add_argument_group("what is evaluated").add_mutually_exclusive_group()
-    what.add_argument("--checkpoint", type=Path, help="default: the newest run's best.pt")
-    what.add_argument(
-        "--compare", type=Path, nargs=2, metavar=("FIRST", "SECOND"),
-        help="both, and the second's lead with its interval",
-    )
-    what.add_argument(
-        "--ensemble", type=Path, nargs="+", metavar="CHECKPOINT", help="the mean of similarities"
-    )
-    what.add_argument(
-        "--seeds", nargs="+", metavar="RUN",
-        help="runs' folders, checkpoints, or patterns of them: mean and standard deviation",
-    )
-    parser.add_argument(
-        "--annotations", type=Path, metavar="CSV",
-        help=f"the new annotations (default DATA_DIR/{ANNOTATIONS} where it is there)",
-    )
-    add_tokenizer_option(parser)
-    parser.add_argument(
-        "--allow-seen", action="store_true", help="evaluate on a split trained on, and mark it"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, too")
-    parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="write a page to look at and listen to"
-    )
-    add_challenge_options(parser)
-    add_data_options(parser)
-    add_device_options(parser)
+    add = parser.add_argument
+    add("--split", choices=("test", "val", "train", "all"), default="test", help="all: of a folder")
+    add("--dataset", default="clotho", help="clotho, audiocaps, or a folder with a captions.csv")
+    add("--checkpoint", type=Path, nargs="+", default=[], help="a row each (default: the newest)")
+    add("--ensemble", type=Path, nargs="+", help="a row for all of them, by their mean similarity")
+    add("--annotations", type=Path, help="the new ones (default DATA_DIR/metadata_eval.csv)")
+    add("--allow-seen", action="store_true", help="evaluate on what was trained on, and mark it")
+    add("--json", type=Path, help="a file to write the figures to, too, as fractions")
+    add("--html", type=Path, help="a file to write a page to, to look at and listen to")
+    add("--submission", type=Path, help="a csv to write similarities to, as DCASE 2025 asks")
+    add("--queries", type=Path, help="of the submission: a csv with a column caption")
+    add("--audio", type=Path, help="of the submission: a folder of the clips to rank")
+    add("--data-dir", type=Path, default=Path("data"), help="where data sets lie (default data)")
+    add("--cache-dir", type=Path, help="of decoded sounds (default DATA_DIR/cache)")
+    add("--tokenizer", help="a name or folder, in place of a checkpoint's own")
+    add("--device", default="auto", help="cpu, cuda, cuda:N (default: cuda where there is one)")
+    add("--precision", choices=("auto", *PRECISIONS), default="auto", help="of the towers")
     args = parser.parse_args()
-    _check_arguments(args)
+    if not (args.checkpoint or args.ensemble):
+        args.checkpoint = [newest_checkpoint()]
+    if len(args.checkpoint) + bool(args.ensemble) > 1 and (args.html or args.submission):
+        parser.error("--html and --submission take one --checkpoint, or one --ensemble")
+    if bool(args.queries) != bool(args.audio) or (args.audio and not args.submission):
+        parser.error("--queries, --audio and --submission go together")
+    for path in filter(None, (args.json, args.html, args.submission)):
+        if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+            raise InputError(f"{path}: cannot be written; name a file in a folder that is there")
     return args
-
-
-def _check_arguments(args) -> None:
-    if args.html and (args.compare or args.seeds or args.queries):
-        raise InputError("--html shows one --checkpoint, or an --ensemble, on a split's captions")
-    if args.queries and (args.json or args.annotations):
-        raise InputError("--json and --annotations are of figures, and --queries have none")
-    ensemble = [path.resolve() for path in args.ensemble or []]
-    if len(set(ensemble)) < len(ensemble):
-        raise InputError("--ensemble: the same file is named twice")
-    check_writable(args.json, args.html, args.submission)
-
-
-def chosen_models(args) -> list[list[Path]]:
-    """Each model that is evaluated: one checkpoint, or the members of an ensemble."""
-    if args.ensemble:
-        return [args.ensemble]
-    if args.seeds:
-        return [[path] for path in best_of(args.seeds)]
-    return [[path] for path in args.compare or [args.checkpoint or newest_best()]]
-
-
-def refuse_seen(models: list[list[Path]], split: Split, args) -> list[bool]:
-    """Whether each model has seen the split in training; unless that is allowed, refuse it."""
-    paths = [path for model in models for path in model]
-    seen = {p: split.name in read_model(p, args.tokenizer).trained_on for p in paths}
-    faults = [f"{path} was trained on {split.name}" for path in seen if seen[path]]
-    faults = [] if args.allow_seen else faults
-    if faults:
-        raise InputError.of(
-            "figures on what was trained on would flatter; take another --split or --dataset, or "
-            "--allow-seen, which marks them", faults,
-        )
-    return [any(seen[path] for path in model) for model in models]
-
-
-def embed(model: list[Path], split: Split, cache, queries, args, processes):
-    """Clips (N, D) and queries or captions (Q, D), by a checkpoint or by an ensemble."""
-    members = []
-    for path in model:
-        encoder = place(DualEncoder.load(path, tokenizer=args.tokenizer), args, processes)
-        audio, text = embed_split(encoder, split, cache, processes, f"{path} embeds {split.name}")
-        members.append((audio, encoder.embed_text(queries) if queries else text))
-    return joined(members)
-
-
-def present(evaluations: list[Evaluation], args) -> None:
-    """Print the figures; write the same to --json, as fractions."""
-    split = evaluations[0].split
-    if split.missing:
-        print(f"coverage    {coverage(split)}")
-    if args.compare:
-        text, numbers = of_comparison(*evaluations)
-    elif args.seeds:
-        text, numbers = of_runs(evaluations)
-    else:
-        text, numbers = of_one(*evaluations)
-    print(text)
-    if is_reports_split(split):
-        print(f"\n{report_table(evaluations)}")
-    if args.json:
-        about = {"split": split.name, "clips": len(split.clips), "missing": len(split.missing)}
-        with replacing(args.json) as temporary:
-            temporary.write_text(json.dumps(about | numbers, indent=1) + "\n")
 
 
 def main() -> int:
     args = parse_arguments()
-    models = chosen_models(args)
-    processes = Processes.start(args.device)
-    split, queries = what_is_ranked(args)
-    path = args.annotations or args.data_dir / ANNOTATIONS
-    annotations = None
-    if args.annotations or (split.name == "clotho/evaluation" and path.exists() and not queries):
-        annotations = read_annotations(path, split)
-    seen = refuse_seen(models, split, args)
-    runs = runs_behind(models[0]) if args.html else []
-    (cache,) = open_caches([split], args, processes)
-    embedded = [embed(model, split, cache, queries, args, processes) for model in models]
-    processes.end()
-    if not processes.first:
-        return 0
+    device = choose_device(args.device)
 
-    names = [" + ".join(map(str, model)) for model in models]
-    given = args.checkpoint or args.compare or args.ensemble or args.seeds
-    for name in names:
-        print(f"checkpoint  {name}" + ("" if given else " (the newest run's)"))
-    print(f"evaluate on {describe(split, cache)}")
-    precision = precision_name(choose_precision(args.precision, processes.device))
-    print(f"device      {processes.device}, towers in {precision}")
+    # --- What is ranked, and by which models ---
+    if args.audio:
+        clips = [Clip(str(p.relative_to(args.audio)), p, ()) for p in sounds_below(args.audio)]
+        split = Split(f"{args.audio.name}@/all", args.audio, clips, [])
+        queries = [row["caption"] for row in read_csv(args.queries, ["caption"])]
+    else:
+        split = read_split(args.dataset, args.split, args.data_dir)
+        queries = split.captions
+    new = args.annotations or args.data_dir / "metadata_eval.csv"
+    wanted = args.annotations or (split.name == "clotho/evaluation" and new.exists())
+    annotations = read_annotations(new, split) if wanted and not args.audio else {}
+    models = [[path] for path in args.checkpoint] + [args.ensemble] * bool(args.ensemble)
+    seen = [refuse_seen(paths, split, args.allow_seen) for paths in models]
+
+    # --- Embed it with each model ---
+    decode([split], args.cache_dir or args.data_dir / "cache")
+    print(f"evaluate on {split}")
+    rows = []
+    for paths, was_it in zip(models, seen, strict=True):
+        members, labels = [], []
+        for path in paths:
+            model = DualEncoder.load(path, device, args.tokenizer)
+            model.precision = choose_precision(args.precision, device)
+            bar = tqdm(split.waveforms, f"{path} embeds", unit="clip", leave=False, disable=None)
+            members.append((model.embed_audio(bar), model.embed_text(queries)))
+            labels.append(model.label)
+        label = " and ".join(dict.fromkeys(labels)) + ", ensemble" * (len(paths) > 1)
+        name, (audio, text) = " + ".join(map(str, paths)), joined(members)
+        figures = {} if args.audio else measure(audio, text, split, annotations)
+        rows.append(Row(name, label, was_it, audio, text, figures))
+        print(f"checkpoint  {name}: {label}")
+
+    # --- Table 1, and the files ---
+    if not args.audio:
+        lines, about = table(rows, split), notes(split, annotations)
+        print(f"\n{as_text(lines)}\n\n{about}")
+    if args.json:
+        with replacing(args.json) as temporary:
+            temporary.write_text(json.dumps(as_json(rows), indent=1) + "\n")
     if args.submission:
-        clips = [clip.name for clip in split.clips]
-        asked = queries or split.captions
-        print(write_submission(args.submission, asked, clips, *embedded[0], args.top))
-    if not queries:
-        each = zip(names, embedded, seen, strict=True)
-        evaluations = [evaluate(n, split, *both, annotations, was) for n, both, was in each]
-        present(evaluations, args)
-        if args.html:
-            write_evaluation(args.html, evaluations[0], runs)
+        write_submission(args.submission, queries, split, rows[0])
+    if args.html:
+        write_evaluation(
+            args.html, f"{rows[0].label} on {split.name}", f"{split}\n{about}", list(COLUMNS),
+            lines, [path.parent for path in models[0]], [clip.name for clip in split.clips],
+            [clip.path for clip in split.clips], split.captions, split.clip_of_caption,
+            rows[0].text, rows[0].audio, annotations,
+        )
     return 0
+
+
+# --- What may be evaluated on, and what is relevant ---
+
+def refuse_seen(paths: Sequence[Path], split: Split, allowed: bool) -> bool:
+    """Whether a model has seen the split in training; unless that is allowed, an InputError."""
+    seen = [path for path in paths if was_seen(split, read_checkpoint(path)["trained_on"])]
+    if seen and not allowed:
+        raise InputError(f"{seen[0]}: was trained on {split.name}, on which figures flatter; take "
+                         "another --split or --dataset, or --allow-seen, which marks them")
+    return bool(seen)
+
+
+def read_annotations(path: Path, split: Split) -> dict[int, list[int]]:
+    """The new annotations, {caption: its relevant clips}, without clips that are not on disk.
+
+    Queries match captions byte for byte; what is not the split's, or no list, is an InputError.
+    """
+    row_of = {caption: row for row, caption in reversed(list(enumerate(split.captions)))}
+    clip_of = {clip.name: i for i, clip in enumerate(split.clips)}
+    found, faults = {}, []
+    for row in read_csv(path, ["query", "audio_filenames"]):
+        query, text = row["query"], row["audio_filenames"]
+        try:
+            names = list(ast.literal_eval(text))
+        except (ValueError, SyntaxError, TypeError):
+            names = [text]
+        unknown = [n for n in names if n not in clip_of and n not in split.missing]
+        if unknown or (query not in row_of and not split.missing):
+            what = f"{unknown[0]!r} is no clip" if unknown else "it is no caption"
+            faults.append(f"query {query!r}: {what} of {split.name}")
+        elif query in row_of and (clips := {clip_of[name] for name in names if name in clip_of}):
+            found[row_of[query]] = sorted(clips)
+    if faults:
+        raise InputError.of(str(path), faults)
+    return found
+
+
+# --- Figures: {what says so: {metric: (1001,), the mean and its means in resamples}} ---
+
+class Row(NamedTuple):
+    """One model, or an ensemble, on a split: audio (N, D) and text (Q, D) embeddings, figures."""
+
+    name: str
+    label: str
+    seen: bool
+    audio: Tensor
+    text: Tensor
+    figures: dict[str, dict[str, np.ndarray]]
+
+
+def joined(members: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(audio, text) of each member of an ensemble -> of the whole, of unit norm again.
+
+    Their product is the mean of the members' similarities. Widths may differ.
+    """
+    audio, text = (torch.cat(side, dim=1) for side in zip(*members, strict=True))
+    return audio / len(members) ** 0.5, text / len(members) ** 0.5
+
+
+def measure(audio: Tensor, text: Tensor, split: Split, annotations: dict) -> dict:
+    """The figures of one model; the resamples of the clips are the same for every model."""
+    own = {i: [clip] for i, clip in enumerate(split.clip_of_caption)}
+    figures = {}
+    for kind, relevant in {CAPTIONS: own, NEW: annotations}.items():
+        if relevant:
+            queries = list(relevant)
+            values = query_metrics(ranks(text[queries], audio, list(relevant.values())))
+            draws = bootstrap(values, np.array(split.clip_of_caption)[queries])
+            figures[kind] = {m: np.append(values[m].mean(), draws[m]) for m in METRICS}
+    return figures
+
+
+def each(function: Callable, *figures: dict) -> dict:
+    """{what says so: {metric: function of its values}}, of one model's figures or of several."""
+    return {k: {m: function(*(f[k][m] for f in figures)) for m in METRICS} for k in figures[0]}
+
+
+def summary(figures: dict) -> dict[str, dict]:
+    means, intervals = (lambda values: float(values[0])), (lambda values: interval(values[1:]))
+    return {"results": each(means, figures), "intervals": each(intervals, figures)}
+
+
+def spreads(rows: Sequence[Row]) -> dict[str, tuple[int, dict, dict]]:
+    """Of each label that has several rows: (how many, means, standard deviations)."""
+    found = {}
+    for label in dict.fromkeys(row.label for row in rows):
+        own = [row.figures for row in rows if row.label == label]
+        if len(own) > 1:
+            means = each(lambda *v: float(np.mean([x[0] for x in v])), *own)
+            deviations = each(lambda *v: float(np.std([x[0] for x in v], ddof=1)), *own)
+            found[label] = len(own), means, deviations
+    return found
+
+
+# --- As text, JSON and csv ---
+
+def table(rows: Sequence[Row], split: Split) -> list[tuple[str, list[str]]]:
+    """(label, cells in the order of COLUMNS): the rows, their spreads, the report's Table 1."""
+    several, lines = spreads(rows), []
+    interval_of = "95 % interval" + " (too short)" * (len(split.clips) < SURE_CLIPS)
+    for row in rows:
+        label = row.label + f": {row.name}" * (row.label in several) + " (seen)" * row.seen
+        results, intervals = map(cells, summary(row.figures).values())
+        lines += [(label, results), (f"  {interval_of}", intervals)]
+        if row is not rows[0]:
+            lead = summary(each(np.subtract, row.figures, rows[0].figures)).values()
+            results, intervals = (cells(figures, "+") for figures in lead)
+            lines += [("  lead over the first", results), (f"    {interval_of}", intervals)]
+    for label, (count, means, deviations) in several.items():
+        lines.append((f"{label}: mean of {count}", cells(means)))
+        lines.append(("  standard deviation", cells(deviations)))
+    if (split.name, len(split.clips)) == REPORTS_SPLIT:
+        lines += [(f"report: {label}", list(map(str, row))) for label, row in REPORT.items()]
+    return lines
+
+
+def cells(figures: dict[str, dict], sign: str = "") -> list[str]:
+    """Fractions, or intervals of two -> percent, column by column."""
+    found = [np.atleast_1d(figures.get(kind, {}).get(m, ())) for kind, m in COLUMNS.values()]
+    return ["..".join(f"{100 * value:{sign}.2f}" for value in values) or "-" for values in found]
+
+
+def as_text(lines: Sequence[tuple[str, list[str]]]) -> str:
+    first = max(len(label) for label, _ in lines)
+    width = 2 + max(len(cell) for _, row in lines for cell in [*row, *COLUMNS])
+    rows = [("", list(COLUMNS)), *lines]
+    texts = ((label, "".join(f"{cell:>{width}}" for cell in row)) for label, row in rows)
+    return "\n".join(f"{label:{first}}{text}" for label, text in texts)
+
+
+def notes(split: Split, annotations: dict) -> str:
+    """What has to be known to read the table."""
+    found = ["In percent, with 95 % confidence intervals from a bootstrap over clips."]
+    if annotations:
+        found.append(f"new: by the new annotations, {len(annotations):,} queries of several clips; "
+                     "R@k by them (--json): any relevant clip within k.")
+    if (split.name, len(split.clips)) == REPORTS_SPLIT:
+        found.append("The report calls its first column mAP@10 throughout, but row 3 has the "
+                     "baseline's mAP@16 there (row 1 its mAP@10).")
+    return "\n".join(found)
+
+
+def as_json(rows: Sequence[Row]) -> dict:
+    """Fractions: every figure of every row, and of rows of one label together."""
+    return {
+        "rows": [
+            {"name": row.name, "label": row.label, "seen": row.seen, **summary(row.figures),
+             "lead": summary(each(np.subtract, row.figures, rows[0].figures))}
+            for row in rows
+        ],
+        "groups": [
+            {"label": label, "rows": count, "mean": means, "standard deviation": deviations}
+            for label, (count, means, deviations) in spreads(rows).items()
+        ],
+    }
+
+
+def write_submission(path: Path, queries: Sequence[str], split: Split, row: Row) -> None:
+    """DCASE 2025's csv: a row per query, a column per sound file, in each cell their similarity."""
+    rows = {query: i for i, query in reversed(list(enumerate(queries)))}
+    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["index", *(clip.name for clip in split.clips)])
+        for query, i in reversed(rows.items()):
+            values = (row.audio @ row.text[i]).tolist()
+            writer.writerow([query, *(f"{value:.9g}" for value in values)])
+    print(f"submission  {path}: {len(rows):,} queries, {len(split.clips):,} clips")
 
 
 if __name__ == "__main__":

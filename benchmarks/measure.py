@@ -1,15 +1,16 @@
-"""What the benchmarks share: two sides taken in turn, their medians, and the machine's name."""
+"""What the benchmarks share: options, sides taken in turn, the machine's name, noise."""
 
+import argparse
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-import torchaudio
-import transformers
+
+sys.path[:0] = [str(Path(__file__).parents[1])]
 
 from dualenc.audio import SAMPLE_RATE, cut
 from dualenc.data import Batch
@@ -17,72 +18,48 @@ from dualenc.data import Batch
 WORDS = "a dog barks while rain falls on the roof and someone walks over gravel far away".split()
 
 
+def options(description: str, **defaults) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
+    for name, value in defaults.items():
+        parser.add_argument(f"--{name}", type=type(value), default=value)
+    return parser.parse_args()
+
+
 def machine(device: torch.device) -> str:
-    """One line: processor or GPU, cores, versions."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((x.split(": ")[1] for x in lines if x.startswith("model name")), "CPU")
-        name = f"{model}, {torch.get_num_threads()} threads"
-    return (
-        f"{name}; Python {platform.python_version()}, torch {torch.__version__}, "
-        f"torchaudio {torchaudio.__version__}, transformers {transformers.__version__}"
-    )
+    cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    return f"{name}; Python {platform.python_version()}, torch {torch.__version__}"
 
 
-def seconds(function: Callable[[], object], device: torch.device) -> float:
-    """Of one call, the device's work included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
-def medians(
-    sides: dict[str, Callable[[], object]], rounds: int, device: torch.device, warm_up: int = 1
-) -> dict[str, float]:
-    """Call the sides in turn, round after round: whatever slows the machine slows all of them."""
+def compare(rounds: int, sides: dict, warm_up: int = 1) -> None:
+    """Print the median of each side and how many times as fast as the first it is, in turns."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     times = {name: [] for name in sides}
-    for turn in range(warm_up + rounds):
-        for name, function in sides.items():
-            elapsed = seconds(function, device)
-            if turn >= warm_up:
-                times[name].append(elapsed)
-    return {name: statistics.median(values) for name, values in times.items()}
+    for _ in range(warm_up + rounds):
+        for name, side in sides.items():
+            start = time.perf_counter()
+            side()
+            wait()
+            times[name].append(time.perf_counter() - start)
+    medians = [statistics.median(found[warm_up:]) for found in times.values()]
+    for name, found in zip(sides, medians, strict=True):
+        print(f"  {name:20}{found:10.4f} s{medians[0] / found:8.2f} times", flush=True)
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a product of two square matrices, measured here and now."""
-    size = 8192 if device.type == "cuda" else 2048  # what a GPU does in far more than a call takes
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    for _ in range(3):
-        a @ b
-    times = [seconds(lambda: a @ b, device) for _ in range(10)]
-    return 2 * size**3 / statistics.median(times)
+def random_clips(durations_s) -> list[np.ndarray]:
+    """Noise: (n,) int16 each."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(-3000, 3000, int(s * SAMPLE_RATE), dtype=np.int16) for s in durations_s]
 
 
-def random_clips(durations: list[float], seed: int = 0) -> list[np.ndarray]:
-    """Noise of these lengths in seconds: (n,) int16 each."""
-    rng = np.random.default_rng(seed)
-    return [rng.integers(-3000, 3000, int(s * SAMPLE_RATE), dtype=np.int16) for s in durations]
-
-
-def random_captions(count: int, seed: int = 0) -> list[str]:
-    """Captions of 8 to 20 words, as Clotho's."""
-    rng = np.random.default_rng(seed)
+def random_captions(count: int) -> list[str]:
+    """Of 8 to 20 words, as Clotho's are."""
+    rng = np.random.default_rng(0)
     return [" ".join(rng.choice(WORDS, rng.integers(8, 21))) for _ in range(count)]
 
 
 def batch_of(clips: list[np.ndarray], tokens: torch.Tensor) -> Batch:
-    """One pair of each clip and row of tokens, packed."""
-    segments = [cut(clip) for clip in clips]
-    ids = torch.arange(len(clips))
-    return Batch(
-        segments=torch.from_numpy(np.concatenate(segments)),
-        counts=torch.tensor([len(s) for s in segments]),
-        clip_of_pair=ids, tokens=tokens, clip_ids=ids, pair_ids=ids, sizes=[len(clips)],
-    )
+    """A pair of each clip and row of tokens."""
+    segments, ids = [cut(clip) for clip in clips], torch.arange(len(clips))
+    counts = torch.tensor([len(s) for s in segments])
+    return Batch(torch.from_numpy(np.concatenate(segments)), counts, ids, tokens, ids, ids)

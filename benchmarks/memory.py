@@ -1,112 +1,121 @@
-"""Peak memory and time of one training step, whole and in micro-batches.
+"""The peak memory of a training step and of embedding, predicted without a GPU.
 
-    python benchmarks/memory.py                                  # a GPU if there is one
-    python benchmarks/memory.py --batch-size 16 --micro-batch 16 4 --device cpu
+    python benchmarks/memory.py     # the table, in some ten minutes
+    MALLOC_MMAP_THRESHOLD_=65536 python benchmarks/memory.py --measure fp32    # on a CPU; 10 GiB
 
-The model has the report's size and random weights; half of the clips last 10 s, as AudioCaps' do,
-the others 15 to 30 s, as Clotho's; captions have 20 tokens. Each step is taken in a process of its
-own, with AdamW's state in place. Memory is the most that PyTorch allocated on a GPU, and the peak
-resident memory of the process on a CPU. Time is the clock's on a GPU, and the processor's, summed
-over its cores, on a CPU, where other programs would disturb the clock's.
+64 pairs, half of the clips of 10 s and half of 15 to 30 s. The step is taken on tensors without
+memory, whose storages are noted as they come and go; malloc is told to give back what is freed.
 """
 
-import argparse
-import json
+import contextlib
 import resource
-import subprocess
-import sys
-import time
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from measure import batch_of, options, random_clips
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-sys.path[:0] = [str(Path(__file__).parents[1])]
+from dualenc.losses import contrastive_loss, distillation_loss
+from dualenc.model import PRECISIONS, DualEncoder
 
-from benchmarks.measure import batch_of, machine, random_clips
-from dualenc.model import DualEncoder
-from dualenc.processes import Processes
-from dualenc.stages import choose_precision
-from dualenc.step import step_gradients
-from train import loss_of
-
-CAPTION_TOKENS = 20
-GB = 1e9
-
-
-def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--micro-batch", type=int, nargs="+", default=[64, 16, 8, 4])
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
-    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args()
+PAIRS, TOKENS, FAKE = 64, 24, FakeTensorMode(allow_non_fake_inputs=True)
+CLIPS, CAPTIONS = 3839, 19_195  # of Clotho's training split, which the teachers have embedded
+CARDS, SPARE = (8, 11, 16, 24, 40, 80), 1  # GiB; for CUDA itself, cuBLAS and fragmentation
+DURATIONS = np.where(np.arange(PAIRS) % 2, 10, np.random.default_rng(0).uniform(15, 30, PAIRS))
+BATCH = batch_of(random_clips(DURATIONS), torch.full((PAIRS, TOKENS), 5))
+KERNELS = {  # as a GPU's: attention is fused, with dropout and a mask, too; dropout keeps bytes
+    "scaled_dot_product_attention": lambda q, k, v, *_, **__:
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0],
+    "dropout": lambda x, p, training, *_: torch.native_dropout(x, p, training)[0],
+}
 
 
-def random_batch(size: int):
-    """Noise, every second clip of 10 s, and random tokens."""
-    rng = np.random.default_rng(0)
-    durations = np.where(np.arange(size) % 2, 10, rng.uniform(15, 30, size))
-    tokens = torch.from_numpy(rng.integers(5, 50_000, (size, CAPTION_TOKENS)))
-    return batch_of(random_clips(durations), tokens)
+class Peak(TorchDispatchMode):
+    """The bytes of all storages that live, and their highest sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.living, self.highest = {}, 0
+
+    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for storage in [t.untyped_storage() for t in tree_leaves(out) if isinstance(t, Tensor)]:
+            if storage._cdata not in self.living:
+                self.living[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.living.pop, storage._cdata)
+                self.highest = max(self.highest, sum(self.living.values()))
+        return out
 
 
-def measure(size: int, micro_batch: int, device: str, precision: str) -> dict:
-    """One training step; prints what it took as JSON."""
-    processes = Processes.start(device)
-    on_gpu = processes.device.type == "cuda"
-    torch.manual_seed(0)
-    model = DualEncoder.create("report", "random", ["a caption"]).to(processes.device).train()
-    model.precision = choose_precision(precision, processes.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    for parameter in model.parameters():  # a step that changes nothing makes AdamW's state
+def training_step(precision: torch.dtype | None, pieces: list, teachers: int = 0) -> None:
+    """One step, AdamW's state being in place."""
+    model = DualEncoder.create("report", "random", ["a dog"]).train()
+    model.precision = precision
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    embedded = [(torch.ones(CLIPS, 1024), torch.ones(CAPTIONS, 1024)) for _ in range(teachers)]
+    for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    batch = random_batch(size)
-
-    clock = time.perf_counter if on_gpu else time.process_time
-    for step in range(1 + on_gpu):  # a GPU's first step also chooses kernels
-        start = clock()
-        losses = step_gradients(model, batch, loss_of, processes, (0, step), micro_batch)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses["loss"].item()  # waits for the GPU
-        if on_gpu:
-            torch.cuda.synchronize()
-        seconds = clock() - start
-    if on_gpu:
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"peak": peak, "seconds": seconds, "segments": len(batch.segments)}
+    batch = SimpleNamespace(inputs=BATCH.inputs, split=lambda _: pieces)  # it reads values
+    audio, text = model.encode_pairs(batch, len(pieces) if len(pieces) > 1 else None)
+    loss = contrastive_loss(audio, text, BATCH.clip_ids, model.tau)
+    if teachers:
+        theirs = [[side[BATCH.clip_ids] for side in sides] for sides in zip(*embedded, strict=True)]
+        loss = loss + distillation_loss(audio, text, *theirs, model.tau)
+    loss.backward()
+    optimizer.step()
 
 
-def main() -> None:
-    args = parse_arguments()
-    if args.measure:
-        found = measure(args.batch_size, args.micro_batch[0], args.device, args.precision)
-        print(json.dumps(found))
+def embedding(precision: torch.dtype | None) -> None:
+    """Of as many clips of 30 s and captions as are embedded together."""
+    model = DualEncoder.create("report", "random", ["a dog"]).eval()
+    model.precision = precision
+    with torch.no_grad():
+        model.encode_audio(torch.zeros(24, 320_000), torch.full((8,), 3))
+        model.encode_text(torch.full((64, 32), 5))
+
+
+def predicted(work, precision: torch.dtype | None, *arguments, as_gpu: bool = True) -> float:
+    """In GiB."""
+    if as_gpu and precision == torch.bfloat16:
+        precision = torch.float16  # as large; in bf16 on a CPU our attention is written out
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(Tensor, "item", lambda _: 0))
+        for name, kernel in KERNELS.items() if as_gpu else ():
+            stack.enter_context(mock.patch.object(F, name, kernel))
+        stack.enter_context(FAKE)
+        peak = stack.enter_context(Peak())
+        work(precision, *arguments)
+    moved = BATCH.segments.nbytes * (work is training_step and as_gpu)  # not a pretended tensor
+    return (peak.highest + moved) / 2**30
+
+
+def main():
+    if name := options(__doc__, measure="").measure:
+        step = training_step, PRECISIONS[name], list(BATCH.split(8))
+        before = int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0])
+        training_step(*step[1:])
+        peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+        print(f"{name} on a CPU, pieces of 8: {peak:.2f} GiB more than before the step, "
+              f"{predicted(*step, as_gpu=False):.2f} were predicted")
         return
-    device = Processes.start(args.device).device
-    precision = choose_precision(args.precision, device)
-    name = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[precision]
-    print(f"{machine(device)}; towers in {name}")
-    print(f"{'batch':>6}{'micro-batch':>13}{'segments':>10}{'peak GB':>9}{'seconds':>9}")
-    for micro_batch in args.micro_batch:
-        command = [
-            sys.executable, __file__, "--measure", "--batch-size", str(args.batch_size),
-            "--micro-batch", str(micro_batch), "--device", device.type, "--precision", name,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True)
-        row = f"{args.batch_size:6}{micro_batch:13}"
-        if done.returncode:  # out of memory: the next, smaller piece may fit
-            print(f"{row}   does not fit ({(done.stderr.splitlines() or ['killed'])[-1][:60]})")
-            continue
-        found = json.loads(done.stdout.splitlines()[-1])
-        cells = f"{found['segments']:10}{found['peak'] / GB:9.2f}{found['seconds']:9.1f}"
-        print(row + cells, flush=True)
+    print(f"{PAIRS} pairs ({len(BATCH.segments)} segments, {TOKENS} tokens), predicted, in GiB")
+    rows = [(f"stage {stage}, pieces of {n}", training_step, list(BATCH.split(n)), teachers)
+            for stage, teachers in ((1, 0), (2, 4)) for n in (64, 32, 16, 8, 4)]
+    for name in ("bf16", "fp32"):
+        for label, work, *arguments in [*rows, ("embedding", embedding)]:
+            peak = predicted(work, PRECISIONS[name], *arguments)
+            card = next(size for size in CARDS if size >= peak + SPARE)
+            print(f"{name}  {label:24}{peak:7.1f}   a card of {card} GB", flush=True)
 
 
 if __name__ == "__main__":

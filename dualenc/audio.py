@@ -1,23 +1,27 @@
-"""Waveform -> one vector per 10 s segment (report, sections 4 and 5).
+"""Sound file -> waveform -> 10 s segments -> log-mel -> PaSST (report, sections 4 and 5).
 
-crop -> cut into segments -> log-mel -> PaSST with patchout. How a sound file becomes a waveform
-stands in decoding.py.
-
-Shapes: n samples, S segments, F = 1000 frames, W = 768 values (PaSST's width).
+n samples at 32 kHz, S segments of 10 s, F = 1000 frames of a segment, W = 768 values.
 """
 
+import contextlib
 import functools
+import os
+from collections.abc import Iterator
+from pathlib import Path
 
+import av
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchaudio
+from av.filter import Graph
 from hear21passt.models import passt
 from hear21passt.models.preprocess import AugmentMelSTFT
 from torch import Tensor, nn
 
-from dualenc import InputError
+from dualenc.errors import InputError
 
+AnyPath = str | os.PathLike
 SAMPLE_RATE = 32_000  # Hz
 SEGMENT_SECONDS = 10
 SEGMENT_SAMPLES = SEGMENT_SECONDS * SAMPLE_RATE  # 320,000
@@ -25,16 +29,174 @@ MAX_SEGMENTS = 3  # of one clip, as in section 4: 30 s
 CLIP_SAMPLES = MAX_SEGMENTS * SEGMENT_SAMPLES  # 960,000
 MIN_REMAINDER = SAMPLE_RATE // 10  # 0.1 s: less than this after a full segment is dropped
 INT16_SCALE = 32_768  # int16 full scale = 1.0
-
 HOP_SAMPLES = 320  # 10 ms
 SEGMENT_FRAMES = SEGMENT_SAMPLES // HOP_SAMPLES  # 1000
 MEL_BANDS = 128
-MEL_CHUNK = {"cpu": 1, "cuda": 64}  # segments at a time: a CPU's caches hold the spectra of one
-TOWER_CHUNK = {"cpu": 2, "cuda": 64}  # without gradients; two take 0.15 s each, 24 take 0.21 (bf16)
+# What a scan of a folder tries; a file is read by what is in it, whatever its suffix.
+AUDIO_SUFFIXES = tuple(".wav .flac .ogg .oga .opus .mp3 .m4a .aac .webm .aiff .aif .caf .w64 "
+                       ".mp4 .mov".split())
+
+
+# --- Sound file -> waveform (section 4, "sample rate") ---
+
+# A Kaiser window of this length resamples as well as librosa does (soxr, high quality), with which
+# the baseline was trained; a worse filter cost up to 3 points of mAP@10 on files of 22.05 kHz.
+FILTER = "filter_size=128:phase_shift=10:cutoff=0.96:filter_type=kaiser:kaiser_beta=12"
+CUT_SECONDS, CUT_SHARE = 0.1, 0.01  # shorter than promised by more than both: cut off
+UNKNOWN_BYTES = 0x7FFF_F000  # from here on a wav's size was written before its sound
+
+
+def load_audio(path: AnyPath, max_samples: int | None = None, faults: list | None = None):
+    """Decode a sound file, or its first max_samples: (n,) float32, mono, 32 kHz, n >= 1.
+
+    A waveform that peaks above full scale, as float files may, is divided by its peak. Errors and
+    faults are those of stream_audio.
+    """
+    blocks, total = [], 0
+    for block in stream_audio(path, faults):
+        blocks.append(block)
+        total += len(block)
+        if max_samples is not None and total >= max_samples:
+            break
+    waveform = np.concatenate(blocks)[:max_samples]
+    return waveform / max(1.0, np.abs(waveform).max())
+
+
+def stream_audio(path: AnyPath, faults: list | None = None) -> Iterator[np.ndarray]:
+    """Decode a file of any length in blocks of 10 s: (320000,) float32, the last one shorter.
+
+    Where it is shorter than it says, or cannot be read to its end, what there is is yielded, and a
+    sentence added to faults. No file, no sound, and samples not finite are an InputError.
+    """
+    if not Path(path).is_file():  # to open a pipe would be to wait for it
+        raise InputError(f"{path}: {'is not a file' if Path(path).exists() else 'no such file'}")
+    block = None
+    try:
+        for block in _decode(path, [] if faults is None else faults):
+            if not np.isfinite(block).all():
+                raise InputError(f"{path}: holds samples that are not finite numbers")
+            yield block
+    except (av.error.FFmpegError, OSError) as error:
+        reason = error.strerror or error
+        raise InputError(f"{path}: cannot be read as a sound ({reason})") from error
+    if block is None:
+        raise InputError(f"{path}: holds no sound")
+
+
+def _decode(path: AnyPath, faults: list[str]) -> Iterator[np.ndarray]:
+    # "file:", or a colon in a name would stand for a protocol; metadata may be in any encoding.
+    with av.open(f"file:{os.fspath(path)}", metadata_errors="ignore") as file:
+        stream = next(iter(file.streams.audio), None)
+        graph, form, seconds = None, None, 0.0
+        for frame in _frames(file, stream, faults) if stream else ():
+            seconds += frame.samples / frame.sample_rate
+            if form != (frame.format.name, frame.layout.name, frame.sample_rate):
+                yield from _resampled(graph, None)  # files of several rates may be joined
+                form = (frame.format.name, frame.layout.name, frame.sample_rate)
+                graph = _resampler(*form)
+            frame.pts = None  # else a gap in the time stamps would be filled
+            yield from _resampled(graph, frame)
+        yield from _resampled(graph, None)
+        promised = _promised_seconds(path, file, stream) if stream else 0.0
+        if promised - seconds > max(CUT_SECONDS, CUT_SHARE * promised):
+            faults.append(f"is cut off: {seconds:.1f} s of {promised:.1f} s are there")
+
+
+def _frames(file, stream, faults: list[str]) -> Iterator[av.AudioFrame]:
+    try:
+        for packet in file.demux(stream):
+            # A packet may be damaged, such as one where two mp3 files were joined.
+            with contextlib.suppress(av.error.InvalidDataError):
+                yield from packet.decode()
+    except av.error.FFmpegError as error:
+        faults.append(f"cannot be read to its end ({error.strerror})")
+
+
+def _resampler(form: str, layout: str, rate: int) -> Graph:
+    graph = Graph()
+    graph.link_nodes(
+        graph.add_abuffer(format=form, layout=layout, sample_rate=rate, time_base=None),
+        graph.add("aresample", f"{SAMPLE_RATE}:{FILTER}"),
+        graph.add("aformat", "sample_fmts=flt"),
+        graph.add("asetnsamples", f"n={SEGMENT_SAMPLES}:p=0"),
+        graph.add("abuffersink"),
+    ).configure()
+    return graph
+
+
+def _resampled(graph: Graph | None, frame: av.AudioFrame | None) -> Iterator[np.ndarray]:
+    """Push a frame through, or None for what is left; yield what comes out.
+
+    The mean over channels is taken here: FFmpeg would add those of stereo at 0.71 each.
+    """
+    with contextlib.suppress(av.error.BlockingIOError, av.error.EOFError):
+        if graph is not None:
+            graph.push(frame)
+        while graph is not None:
+            out = graph.pull()
+            channels = out.to_ndarray().reshape(-1, out.layout.nb_channels)
+            yield channels.mean(axis=1, dtype=np.float32)
+
+
+def _promised_seconds(path: AnyPath, file, stream) -> float:
+    """How long the file's header says its sound is; 0 where it does not say."""
+    with open(path, "rb") as raw:
+        head = raw.read(2**16)
+    if file.format.name == "wav":  # FFmpeg goes by what is there
+        says = int.from_bytes(head[4:8], "little") + 8
+        rate = stream.codec_context.bit_rate / 8 or 1.0
+        return says / rate if os.path.getsize(path) < says < UNKNOWN_BYTES else 0.0
+    if file.format.name in ("mp3", "aac"):  # FFmpeg may estimate, wrong where the bit rate varies
+        at = max(head.find(b"Xing"), head.find(b"Info"))  # its flags, frames and bytes follow
+        if at < 0 or os.path.getsize(path) >= int.from_bytes(head[at + 12 : at + 16], "big"):
+            return 0.0
+    if stream.duration is not None:
+        return float(stream.duration * stream.time_base)
+    alone = len(file.streams) == 1 and file.duration is not None
+    return file.duration / av.time_base if alone else 0.0
+
+
+def channel_peak(path: AnyPath) -> float:
+    """The highest level in any channel of a file, full scale = 1."""
+    with av.open(f"file:{os.fspath(path)}") as file:
+        flat = av.AudioResampler("flt")
+        frames = (f for frame in file.decode(audio=0) for f in flat.resample(frame))
+        return max((float(np.abs(frame.to_ndarray()).max()) for frame in frames), default=0.0)
+
+
+def resample(waveform: np.ndarray, rate: int) -> np.ndarray:
+    """(n,) float32 at rate Hz -> (about n * 32000 / rate,), by the same filter as files."""
+    if rate == SAMPLE_RATE:
+        return waveform
+    graph = _resampler("flt", "mono", rate)
+    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(waveform)[None], "flt", "mono")
+    frame.sample_rate = rate
+    return np.concatenate([*_resampled(graph, frame), *_resampled(graph, None)])
+
+
+def sounds_below(folder: AnyPath) -> list[Path]:
+    """All sound files below a folder, sorted, but for hidden ones (".name").
+
+    Links to folders are followed, each folder once. No folder is an InputError.
+    """
+    if not Path(folder).is_dir():
+        raise InputError(f"{folder}: no such folder of sounds")
+    found: dict[str, list[Path]] = {}  # by real folder
+    for place, folders, names in os.walk(folder, followlinks=True):
+        paths = (Path(place, name) for name in names if not name.startswith("."))
+        sounds = [path for path in paths if path.suffix.lower() in AUDIO_SUFFIXES]
+        is_new = found.setdefault(os.path.realpath(place), sounds) is sounds
+        folders[:] = [n for n in sorted(folders) if is_new and not n.startswith(".")]
+    return sorted(path for sounds in found.values() for path in sounds)
+
+
+def to_int16(waveform: np.ndarray) -> np.ndarray:
+    """(n,) float in -1..1 -> (n,) int16, clipped."""
+    scaled = np.clip(np.rint(waveform * INT16_SCALE), -INT16_SCALE, INT16_SCALE - 1)
+    return scaled.astype(np.int16)
 
 
 # --- Waveform -> segments (section 4, "segment handling" and "chunking") ---
-
 
 def crop(waveform: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
     """(n,) -> (at most 960,000,): a random 30 s in training, the first 30 s without a generator."""
@@ -45,15 +207,13 @@ def crop(waveform: np.ndarray, rng: np.random.Generator | None = None) -> np.nda
     return waveform[start : start + CLIP_SAMPLES]
 
 
-def segment_count(n_samples: int) -> int:
-    """How many segments n samples (of any length) make; a remainder under 0.1 s does not count."""
-    full, remainder = divmod(n_samples, SEGMENT_SAMPLES)
-    return max(1, full + (remainder >= MIN_REMAINDER))
-
-
 def cut(waveform: np.ndarray) -> np.ndarray:
-    """(n,) -> (S, 320000), zero-padded in the last segment only: silence is never computed."""
-    count = segment_count(len(waveform))
+    """(n,) -> (S, 320000), zero-padded in the last segment only: silence is never computed.
+
+    A remainder of less than 0.1 s after a full segment is dropped.
+    """
+    full, remainder = divmod(len(waveform), SEGMENT_SAMPLES)
+    count = max(1, full + (remainder >= MIN_REMAINDER))
     segments = np.zeros((count, SEGMENT_SAMPLES), waveform.dtype)
     used = waveform[: count * SEGMENT_SAMPLES]
     segments.reshape(-1)[: len(used)] = used
@@ -62,23 +222,19 @@ def cut(waveform: np.ndarray) -> np.ndarray:
 
 # --- Segments -> log-mel (section 4, "spectrogram extraction") ---
 
-
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(8)
 def _mel_filters(fmin: float, fmax: float, device: torch.device) -> Tensor:
     """(128, 513): Kaldi's triangular filters; the Nyquist bin, which it leaves out, weighs zero."""
-    filters, _ = torchaudio.compliance.kaldi.get_mel_banks(
-        MEL_BANDS, 1024, SAMPLE_RATE, fmin, fmax, vtln_low=100.0, vtln_high=-500.0,
-        vtln_warp_factor=1.0,
-    )
+    warp = dict(vtln_low=100.0, vtln_high=-500.0, vtln_warp_factor=1.0)  # none
+    kaldi = torchaudio.compliance.kaldi
+    filters, _ = kaldi.get_mel_banks(MEL_BANDS, 1024, SAMPLE_RATE, fmin, fmax, **warp)
     return F.pad(filters, (0, 1)).to(device)
 
 
 class LogMel(AugmentMelSTFT):
-    """PaSST's own log-mel with its outputs unchanged, but for the cost.
+    """PaSST's own log-mel with its outputs unchanged; its filters are not computed at every call.
 
-    hear21passt computes the filters anew at every call; here they are kept where nothing jitters
-    them. Its frequency and time masking are off, as in the baseline; the jitter of fmin and fmax
-    stays, in training only.
+    Frequency and time masking are off, as in the baseline; fmin and fmax jitter in training.
     """
 
     def __init__(self):
@@ -88,34 +244,30 @@ class LogMel(AugmentMelSTFT):
         )
 
     def forward(self, segments: Tensor) -> Tensor:
-        """(S, 320000) float32 -> (S, 128, 1000) float32."""
+        """(S, 320000) float32 -> (S, 128, F) float32."""
         fmin, fmax = self.fmin, self.fmax
-        if self.training:
-            # Drawn as hear21passt draws, so that the same seed gives the same spectrogram.
-            fmin = self.fmin + torch.randint(self.fmin_aug_range, (1,)).item()
-            jitter = torch.randint(self.fmax_aug_range, (1,)).item()
-            fmax = self.fmax + self.fmax_aug_range // 2 - jitter
+        if self.training:  # as hear21passt draws: the same seed gives the same spectrogram
+            fmin += torch.randint(self.fmin_aug_range, (1,)).item()
+            fmax += self.fmax_aug_range // 2 - torch.randint(self.fmax_aug_range, (1,)).item()
         filters = _mel_filters(fmin, fmax, segments.device)
-        chunks = segments.split(MEL_CHUNK[segments.device.type])
+        # A CPU's caches hold the spectra of one segment.
+        chunks = segments.split(1 if segments.device.type == "cpu" else 64)
         return torch.cat([self._log_mel(chunk, filters) for chunk in chunks])
 
     def _log_mel(self, segments: Tensor, filters: Tensor) -> Tensor:
         emphasised = segments[:, 1:] - 0.97 * segments[:, :-1]
-        spectrum = torch.stft(
-            emphasised, self.n_fft, self.hopsize, self.win_length, self.window, return_complex=True
-        )
+        sizes = self.n_fft, self.hopsize, self.win_length
+        spectrum = torch.stft(emphasised, *sizes, self.window, return_complex=True)
         power = spectrum.real.square() + spectrum.imag.square()
         return ((filters @ power + 1e-5).log() + 4.5) / 5
 
 
-# --- Log-mel -> PaSST (section 5, "PaSST") ---
-
+# --- Log-mel -> PaSST with patchout (section 5, "PaSST") ---
 
 class Attention(nn.Module):
     """An attention block of hear21passt's with the same weights, by the faster way.
 
-    In bf16 on a CPU the products written out are faster (8 segments with patchout, forward and
-    backward: 20 ms a block against 48); elsewhere the kernel, in float32 by a factor of up to 9.
+    That is the fused kernel (up to 9 times), but for bf16 on a CPU (20 ms a block against 48).
     """
 
     def __init__(self, plain: passt.Attention):
@@ -137,7 +289,6 @@ class AudioTower(nn.Module):
     """PaSST (Koutini et al., Interspeech 2022) from hear21passt, without its classifiers.
 
     Args:
-        width, depth, heads: the transformer's size.
         patch: (mel bands, frames) of one patch; neighbouring patches do not overlap.
         patchout: (rows, columns) of the patch grid left out in training, drawn per batch.
     """
@@ -166,37 +317,18 @@ class AudioTower(nn.Module):
             log_mel = self.mel(segments)
         if self.training:  # together: patchout is drawn once for all
             return self.passt(log_mel.unsqueeze(1))[1]
-        chunks = log_mel.unsqueeze(1).split(TOWER_CHUNK[log_mel.device.type])
+        # Without gradients, two segments at a time take 0.15 s each on a CPU, 24 take 0.21 (bf16).
+        chunks = log_mel.unsqueeze(1).split(2 if log_mel.device.type == "cpu" else 64)
         return torch.cat([self.passt(chunk)[1] for chunk in chunks])
 
 
-PASST_NAME = "passt_s_p16_s16_128_ap468"
-CLASSIFIER_KEYS = frozenset(
-    {"head.0.weight", "head.0.bias", "head.1.weight", "head.1.bias"}
-    | {"head_dist.weight", "head_dist.bias"}
-)  # AudioSet's 527 classes
-
-
 def published_passt() -> dict[str, Tensor]:
-    """The published PaSST weights, downloaded once into torch's hub folder.
-
-    Raises:
-        InputError: they cannot be fetched; says the two ways out.
-    """
-    url = passt.default_cfgs[PASST_NAME]["url"]
-    folder = f"{torch.hub.get_dir()}/checkpoints"
+    """The published PaSST weights, downloaded once into torch's hub folder."""
+    url = passt.default_cfgs["passt_s_p16_s16_128_ap468"]["url"]
     try:
         weights = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
-        if not all(isinstance(value, Tensor) for value in weights.values()):
-            raise TypeError
     except OSError as error:
-        raise InputError(
-            f"PaSST's weights cannot be fetched from {url} ({error}): copy the file into "
-            f"{folder}, or go on without with --init random"
-        ) from error
-    except Exception as error:  # torch.load raises whatever its parsers meet
-        raise InputError(
-            f"{folder}/{url.rpartition('/')[2]}: is damaged or not PaSST's weights; remove it, "
-            "and it is fetched again"
-        ) from error
-    return {name: value for name, value in weights.items() if name not in CLASSIFIER_KEYS}
+        raise InputError(f"PaSST's weights cannot be fetched ({error}): copy {url} into "
+                         f"{torch.hub.get_dir()}/checkpoints, or give --init random") from error
+    # head.*, head_dist.*: AudioSet's 527 classes
+    return {name: value for name, value in weights.items() if not name.startswith("head")}

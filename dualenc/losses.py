@@ -1,7 +1,7 @@
 """The two training losses (report, section 2), and gathering embeddings over processes.
 
-Shapes: B pairs of the whole batch, D embedding values, M teachers. Embeddings have unit norm, so
-their products are cosines. All is computed in float32.
+B pairs of the whole batch, D embedding values, M teachers. Embeddings have unit norm, so their
+products are cosines. All is computed in float32.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ def similarities(audio: Tensor, text: Tensor, tau: Tensor | float = 1.0) -> Tens
 
 
 def contrastive_loss(audio: Tensor, text: Tensor, clip_ids: Tensor, tau: Tensor | float) -> Tensor:
-    """L = H(p, q) of section 2, as the baseline fills it in.
+    """L_contrastive = H(p, q) of section 2, as the baseline fills it in.
 
     The mean of -log softmax over all pairs of the batch that belong to the same clip, averaged over
     the two directions: over the captions of each clip and over the clips of each caption.
@@ -26,7 +26,6 @@ def contrastive_loss(audio: Tensor, text: Tensor, clip_ids: Tensor, tau: Tensor 
     Args:
         audio, text: (B, D), row i of each is pair i.
         clip_ids: (B,) integers; equal where two pairs show the same clip.
-        tau: temperature.
     """
     logits = similarities(audio, text, tau)
     same_clip = (clip_ids[:, None] == clip_ids[None, :]).float()
@@ -36,11 +35,8 @@ def contrastive_loss(audio: Tensor, text: Tensor, clip_ids: Tensor, tau: Tensor 
 
 
 def distillation_loss(
-    audio: Tensor,
-    text: Tensor,
-    teacher_audio: Tensor | Sequence[Tensor],
-    teacher_text: Tensor | Sequence[Tensor],
-    tau: Tensor | float,
+    audio: Tensor, text: Tensor, teacher_audio: Tensor | Sequence[Tensor],
+    teacher_text: Tensor | Sequence[Tensor], tau: Tensor | float,
 ) -> Tensor:
     """L_distill of section 2: H(p^, q), with p^ from the teachers' mean cosines.
 
@@ -50,7 +46,6 @@ def distillation_loss(
     Args:
         audio, text: (B, D), the student's.
         teacher_audio, teacher_text: (M, B, D), or M tensors (B, D_m): widths may differ.
-        tau: temperature, of the student and of the teachers.
     """
     student = similarities(audio, text, tau)
     each = [similarities(a, t, tau) for a, t in zip(teacher_audio, teacher_text, strict=True)]
@@ -62,33 +57,15 @@ def distillation_loss(
     return (cross_entropy(0) + cross_entropy(1)) / 2
 
 
-class _Gather(torch.autograd.Function):
-    """All processes' rows, in rank order. The gradient is summed over the processes' losses."""
+def gather(own: Tensor) -> Tensor:
+    """(B_r, D) of this process -> (B, D) of all, in rank order; every B_r is the same.
 
-    @staticmethod
-    def forward(ctx, local: Tensor, sizes: list[int]) -> Tensor:
-        ctx.sizes = sizes
-        padded = local.new_zeros(max(sizes), *local.shape[1:])
-        padded[: len(local)] = local
-        parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded)
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        return gradient.split(ctx.sizes)[dist.get_rank()], None
-
-
-def gather(local: Tensor, sizes: list[int]) -> Tensor:
-    """Embeddings of this process -> those of all processes, with their gradients.
-
-    Args:
-        local: (B_r, ..., D), this process's rows; B_r may be 0.
-        sizes: B_r of every process; they sum to B.
-
-    Returns:
-        (B, ..., D). With one process, local itself.
+    Every process computes the loss of the whole batch, and its gradient flows into its own rows
+    only: summed over processes, that is the gradient of one process with all of them.
     """
-    return local if len(sizes) == 1 else _Gather.apply(local, sizes)
+    if not dist.is_initialized():
+        return own
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, own.detach().contiguous())
+    parts[dist.get_rank()] = own
+    return torch.cat(parts)

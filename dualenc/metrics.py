@@ -1,7 +1,7 @@
 """Embeddings and relevance -> mAP@k and R@k (report, section 6 and Table 1).
 
-Knows only arrays. Q queries, N candidates, D embedding values, P = all (query, relevant candidate)
-pairs. Metrics are fractions from 0 to 1.
+Q queries, N candidates, D embedding values, P (query, relevant candidate) pairs. Metrics are
+fractions from 0 to 1.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dualenc import InputError
+from dualenc.errors import InputError
 
 MAP_CUTOFFS = (10, 16)
 RECALL_CUTOFFS = (1, 5, 10)
@@ -23,33 +23,23 @@ BLOCK_BYTES = 16 * 2**20  # of similarities at a time; the whole matrix is never
 def retrieval_metrics(
     text: Tensor, audio: Tensor, relevant: Sequence[Sequence[int]]
 ) -> dict[str, float]:
-    """Rank all candidates for every query by cosine and average the metrics over the queries.
+    """{"mAP@10", "mAP@16", "R@1", "R@5", "R@10"} of queries (Q, D) that rank candidates (N, D).
 
-    Args:
-        text: (Q, D) query embeddings of unit norm.
-        audio: (N, D) candidate embeddings of unit norm.
-        relevant: for each query, the indices of all its relevant candidates, at least one.
-
-    Returns:
-        {"mAP@10", "mAP@16", "R@1", "R@5", "R@10"}
+    `relevant` holds, for each query, the indices of all its relevant candidates, at least one.
     """
     values = query_metrics(ranks(text, audio, relevant))
     return {name: value.mean().item() for name, value in values.items()}
 
 
 def ranks(text: Tensor, audio: Tensor, relevant: Sequence[Sequence[int]]) -> list[Tensor]:
-    """For each query the ranks (from 1, ascending) of its relevant candidates.
+    """For each query the ranks by cosine (from 1, ascending) of its relevant candidates.
 
-    Of equal similarities the candidate with the lower index ranks first.
-
-    Raises:
-        InputError: an embedding is not finite; as nothing is above NaN, it would always rank first.
+    Of equal cosines the lower index ranks first. As nothing is above NaN, it would always rank
+    first: an embedding that is not finite is an InputError.
     """
     text, audio = text.float(), audio.float()
     if not (text.isfinite().all() and audio.isfinite().all()):
         raise InputError("embeddings are not finite numbers: the model has diverged or is damaged")
-    if not all(len(set(found)) == len(found) > 0 for found in relevant):
-        raise ValueError("every query needs at least one relevant candidate, each once")
     counts = torch.tensor([len(found) for found in relevant])
     query = torch.repeat_interleave(torch.arange(len(counts)), counts)  # (P,)
     candidate = torch.tensor([index for found in relevant for index in found])  # (P,)
@@ -90,21 +80,14 @@ def query_metrics(ranks: Sequence[Tensor]) -> dict[str, Tensor]:
     return values | {f"R@{k}": (best <= k).double() for k in RECALL_CUTOFFS}
 
 
-# --- How sure ---
-
-
 def bootstrap(
     values: dict[str, Tensor], clip_of_query: Sequence[int], draws: int = 1000, seed: int = 0
 ) -> dict[str, np.ndarray]:
     """Each metric's mean in resamples of the clips, drawn with replacement: {name: (draws,)}.
 
     A clip's captions are drawn together, since they are not independent of each other. The same
-    clip_of_query and seed draw the same clips: the difference of two models' results is the paired
-    bootstrap.
-
-    Args:
-        values: of each query, as query_metrics gives them: {name: (Q,)}.
-        clip_of_query: (Q,) the clip that each query belongs to.
+    clip_of_query (Q,) and seed draw the same clips: the difference of two models' results is the
+    paired bootstrap.
     """
     clips, clip = np.unique(np.asarray(clip_of_query), return_inverse=True)
     n = len(clips)

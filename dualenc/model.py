@@ -3,90 +3,121 @@
     sound   -> 10 s segments -> PaSST -> linear -> mean over the clip's segments -> unit norm
     caption -> tokens        -> RoBERTa's <s>   -> linear                        -> unit norm
 
-Shapes: C clips, S segments of all clips together, Q captions, L tokens, D = 1024 embedding values,
-n samples. A checkpoint holds configuration, tokenizer, weights and what they were trained on, so
-that it loads with no other file and no network; what is read of it is checked in checkpoints.py.
+C clips, S segments of all of them, Q captions, L tokens, B pairs, D = 1024 values, n samples.
 """
 
-import contextlib
+import collections
 import dataclasses
+import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import RobertaConfig
 
-from dualenc import InputError
 from dualenc.audio import (
-    CLIP_SAMPLES,
-    INT16_SCALE,
-    AudioTower,
-    crop,
-    cut,
-    published_passt,
+    CLIP_SAMPLES, INT16_SCALE, SAMPLE_RATE, AnyPath, AudioTower, crop, cut, load_audio,
+    published_passt, resample, to_int16,
 )
-from dualenc.checkpoints import (
-    FORMAT,
-    load_strictly,
-    read_model,
-    read_text_model,
-    write_tensors,
+from dualenc.errors import InputError, replacing
+from dualenc.text import (
+    PAD_ID, ROBERTA, TextTower, load_tokenizer, prepared, published_roberta, tokenize, train_bpe,
 )
-from dualenc.config import PRESETS, DualEncoderConfig
-from dualenc.decoding import MAX_LEVEL, decode, to_int16
-from dualenc.text import TextTower, tokenize, train_tokenizer
 
-EMBED_CLIPS = 8  # packed at a time without gradients, and the unit that processes share
-EMBED_CAPTIONS = 64
+FORMAT = "dualenc 2"  # of checkpoints; raise it when older readers would misread one
+EMBED_CLIPS, EMBED_CAPTIONS = 8, 64  # at a time, without gradients
+Sound = str | os.PathLike | np.ndarray | Tensor  # a path, or a waveform
+TITLES = {"clotho": "Clotho", "audiocaps": "AudioCaps", "wavcaps": "WavCaps"}
 
+
+# --- Every size of the model; the presets ---
+
+@dataclasses.dataclass(frozen=True)
+class DualEncoderConfig:
+    """The defaults are the report's. Stored in the checkpoint."""
+
+    preset: str = "report"  # whose training defaults suit the model
+    # PaSST, passt_s_p16_s16_128_ap468: 8 x 62 patches of a 10 s segment
+    audio_width: int = 768
+    audio_depth: int = 12
+    audio_heads: int = 12
+    patch: tuple[int, int] = (16, 16)  # mel bands, 10 ms frames
+    patchout: tuple[int, int] = (2, 15)  # rows, columns of patches left out in training
+    # RoBERTa-large
+    vocab_size: int = 50_265
+    hidden_size: int = 1024
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    intermediate_size: int = 4096
+    max_position_embeddings: int = 514
+    text_dropout: float = 0.2  # of hidden states and attention, as in the baseline
+    # the shared space
+    embedding: int = 1024
+    tau: float = 0.05
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), type(field.default)
+            if not isinstance(value, kind) or (kind is int and value < 1):
+                raise ValueError(f"{field.name} is {value!r}")
+
+    def roberta(self) -> RobertaConfig:
+        """The text tower's part, as transformers takes it."""
+        return RobertaConfig(
+            **{name: getattr(self, name) for name in ROBERTA_SIZES},
+            hidden_dropout_prob=self.text_dropout, attention_probs_dropout_prob=self.text_dropout,
+            layer_norm_eps=1e-5, type_vocab_size=1, pad_token_id=PAD_ID,
+        )
+
+
+ROBERTA_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                 "intermediate_size", "max_position_embeddings")  # by transformers' names
+PRESETS = {
+    "report": DualEncoderConfig(),
+    # The same code with smaller numbers, learnt from scratch in a minute on two cores.
+    "tiny": DualEncoderConfig(
+        preset="tiny", audio_width=96, audio_depth=2, audio_heads=3, patch=(128, 8),
+        patchout=(0, 30), vocab_size=1000, hidden_size=96, num_hidden_layers=2,
+        num_attention_heads=3, intermediate_size=384, max_position_embeddings=66, text_dropout=0.1,
+    ),
+}
+
+
+# --- The model (sections 2 and 5) ---
 
 class DualEncoder(nn.Module):
-    """Embeds sounds and sentences in one space, where their cosine says how well they match.
-
-    Attributes:
-        config, tokenizer: what the checkpoint holds beside the weights.
-        trained_on: the "dataset/split" names that the weights have seen, teachers' included.
-        precision: the towers' autocast type; None computes in float32.
-    """
+    """Embeds sounds and sentences in one space, where their cosine says how well they match."""
 
     def __init__(self, config: DualEncoderConfig, tokenizer: Tokenizer):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
-        self.trained_on: list[str] = []
-        self.precision: torch.dtype | None = None
-        self.audio = AudioTower(
-            config.audio_width, config.audio_depth, config.audio_heads, config.patch,
-            config.patchout,
-        )
+        self.trained_on: list[str] = []  # "dataset/split": what the weights, or teachers, have seen
+        self.stage = "contrastive"  # or "distilled"
+        self.precision: torch.dtype | None = None  # the towers' autocast type; None is float32
+        sizes = config.audio_width, config.audio_depth, config.audio_heads
+        self.audio = AudioTower(*sizes, config.patch, config.patchout)
         self.text = TextTower(config.roberta())
         self.audio_projection = nn.Linear(config.audio_width, config.embedding)
-        self.text_projection = nn.Linear(config.text_width, config.embedding)
-        self.tau = nn.Parameter(torch.tensor(config.tau), requires_grad=config.learn_tau)
-
-    def set_temperature(self, tau: float | None, learn: bool) -> None:
-        """Start from another temperature (None keeps it), fixed or learnt."""
-        tau = self.tau.item() if tau is None else tau
-        self.config = dataclasses.replace(self.config, tau=tau, learn_tau=learn)
-        self.tau = nn.Parameter(torch.full_like(self.tau, tau), requires_grad=learn)
-
-    # --- The two directions, with gradients ---
+        self.text_projection = nn.Linear(config.hidden_size, config.embedding)
+        self.register_buffer("tau", torch.tensor(config.tau))  # fixed, of both losses
 
     def project_segments(self, segments: Tensor) -> Tensor:
-        """(S, 320000) int16 or float -> (S, D), not normalised: a clip's mean over them is its own.
-
-        The baseline averages before the linear head; a mean passes through it unchanged.
-        """
+        """(S, 320000) int16 or float -> (S, D), not normalised."""
         with self._autocast():
             features = self.audio(segments)
         return self.audio_projection(features.float())
 
     def encode_audio(self, segments: Tensor, counts: Tensor) -> Tensor:
         """(S, 320000), (C,) segments of each clip, summing to S -> (C, D) unit norm."""
+        # The baseline averages before the linear head; a mean passes through it unchanged. Unsafe:
+        # that counts sum to S is not checked, for which a GPU would be waited for.
         vectors = self.project_segments(segments)
-        # Unsafe: that counts sum to S is not checked, for which a GPU would be waited for.
         means = torch.segment_reduce(vectors, "mean", lengths=counts, unsafe=True)
         return F.normalize(means, dim=1)
 
@@ -96,200 +127,260 @@ class DualEncoder(nn.Module):
             features = self.text(tokens)
         return F.normalize(self.text_projection(features.float()), dim=1)
 
-    def compile_blocks(self) -> None:
-        """Compile both towers block by block: one compilation serves all blocks of a tower.
+    def encode_pairs(self, batch, micro_batch: int | None = None) -> tuple[Tensor, Tensor]:
+        """The audio and the text embeddings (B, D) of the pairs of a data.Batch.
 
-        Weights and their names stay as they are. Sizes are symbolic, since those of the segments
-        and captions of a batch change from step to step.
+        With micro_batch, so many pairs at a time: what backward needs of a piece is computed again,
+        with the same random numbers, when backward reaches it. Memory is that of one piece, and
+        every pair still meets all negatives of the batch (GradCache, Gao et al. 2021).
         """
-        for block in [*self.audio.passt.blocks, *self.text.roberta.encoder.layer]:
-            block.compile(dynamic=True)
+
+        def encode(segments, counts, clip_of_pair, tokens) -> tuple[Tensor, Tensor]:
+            return self.encode_audio(segments, counts)[clip_of_pair], self.encode_text(tokens)
+
+        if micro_batch is None:
+            return encode(*batch.inputs(self.device))
+        # Tensors as arguments: among them checkpoint looks for the device whose random state it
+        # keeps. The batch is cut on the CPU: to cut it on a GPU would be to wait for that.
+        pieces = [
+            checkpoint(encode, *piece.inputs(self.device), use_reentrant=False)
+            for piece in batch.split(micro_batch)
+        ]
+        audio, text = zip(*pieces, strict=True)
+        return torch.cat(audio), torch.cat(text)
 
     def _autocast(self) -> torch.autocast:
         enabled = self.precision is not None
         return torch.autocast(self.device.type, dtype=self.precision, enabled=enabled)
 
-    # --- The two directions, for users ---
-
-    def embed_audio(self, sounds: Iterable[str | os.PathLike | np.ndarray | Tensor]) -> Tensor:
-        """Embed sounds, of each its first 30 s.
-
-        Args:
-            sounds: paths, or mono 32 kHz waveforms, (n,) float in -1..1 or int16. Taken one by
-                one, so that a generator (or a progress bar around the list) will do.
-
-        Returns:
-            (N, D) float32 on the CPU, unit norm, in the order of sounds.
-
-        Raises:
-            InputError: a file cannot be read, or a waveform is not one.
-        """
-        with self._inference():
-            parts = [
-                self.encode_audio(segments.to(self.device), counts.to(self.device)).cpu()
-                for segments, counts in _packed(cut(_waveform(sound)) for sound in sounds)
-            ]
-        return torch.cat([torch.zeros(0, self.config.embedding), *parts])
-
-    def embed_segments(self, segments: Iterable[np.ndarray]) -> Tensor:
-        """Embed 10 s segments by themselves, of sounds of any length.
-
-        Args:
-            segments: arrays (any number, 320000), as audio.cut makes them; taken one by one.
-
-        Returns:
-            (S, D) float32 on the CPU, not normalised: a sound's embedding is the mean over its
-            segments, brought to unit norm.
-        """
-        with self._inference():
-            parts = [
-                self.project_segments(batch.to(self.device)).cpu() for batch, _ in _packed(segments)
-            ]
-        return torch.cat([torch.zeros(0, self.config.embedding), *parts])
-
-    def embed_text(self, captions: Sequence[str]) -> Tensor:
-        """Embed captions: (Q, D) float32 on the CPU, unit norm."""
-        order = by_length(captions)
-        embeddings = torch.zeros(len(captions), self.config.embedding)
-        with self._inference():
-            for start in range(0, len(order), EMBED_CAPTIONS):
-                rows = order[start : start + EMBED_CAPTIONS]
-                tokens = tokenize(self.tokenizer, [captions[i] for i in rows])
-                embeddings[rows] = self.encode_text(tokens.to(self.device)).cpu()
-        return embeddings
-
-    @contextlib.contextmanager
-    def _inference(self) -> Iterator[None]:
-        training = self.training
-        self.eval()  # no dropout, patchout or jitter
-        try:
-            with torch.inference_mode():
-                yield
-        finally:
-            self.train(training)
-
     @property
     def device(self) -> torch.device:
         return self.tau.device
+
+    @property
+    def label(self) -> str:
+        """What the model is, in Table 1's words: "Clotho + AudioCaps, distilled"."""
+        names = {name.partition("/")[0] for name in self.trained_on}
+        others = sorted(name.partition("@")[0] for name in names - TITLES.keys())
+        known = [title for name, title in TITLES.items() if name in names]
+        return f"{' + '.join(known + others)}, {self.stage}"
+
+    # --- The two directions, for users: float32, on the CPU, unit norm ---
+
+    @torch.inference_mode()
+    def embed_audio(self, sounds: Sound | Iterable[Sound], rate: int = SAMPLE_RATE) -> Tensor:
+        """Embed sounds, of each its first 30 s: (N, D).
+
+        Args:
+            sounds: paths, or mono waveforms (n,), float in -1..1 or int16; one alone counts as a
+                list of one. Taken one by one, so that a generator (or a progress bar) will do.
+            rate: of waveforms, in Hz. A file that cannot be read is an InputError.
+        """
+        if isinstance(sounds, Sound):
+            sounds = [sounds]
+        clips, parts = (cut(_waveform(sound, rate)) for sound in sounds), []
+        self.eval()  # no dropout, patchout or jitter
+        while batch := list(itertools.islice(clips, EMBED_CLIPS)):
+            segments = torch.from_numpy(np.concatenate(batch)).to(self.device)
+            counts = torch.tensor([len(clip) for clip in batch], device=self.device)
+            parts.append(self.encode_audio(segments, counts).cpu())
+        return torch.cat([torch.zeros(0, self.config.embedding), *parts])
+
+    @torch.inference_mode()
+    def embed_text(self, captions: str | Iterable[str]) -> Tensor:
+        """Embed captions, or one: (Q, D)."""
+        self.eval()
+        captions = [captions] if isinstance(captions, str) else list(captions)
+        embeddings = torch.zeros(len(captions), self.config.embedding)
+        # Neighbours of like length need little padding.
+        order = sorted(range(len(captions)), key=lambda i: len(captions[i]))
+        for start in range(0, len(order), EMBED_CAPTIONS):
+            rows = order[start : start + EMBED_CAPTIONS]
+            tokens = tokenize(self.tokenizer, [captions[i] for i in rows])
+            embeddings[rows] = self.encode_text(tokens.to(self.device)).cpu()
+        return embeddings
 
     # --- Making, saving, loading ---
 
     @classmethod
     def create(
-        cls, preset: str, init: str, captions: Sequence[str], text_model: str | None = None,
-        **changes,
+        cls, preset: str, init: str, captions: Sequence[str], text_model: str | None = None
     ) -> "DualEncoder":
-        """A new model.
+        """A new model of the preset "report" or "tiny", with "pretrained" or "random" weights.
 
-        Args:
-            preset: "report" or "tiny".
-            init: "pretrained" (published PaSST and RoBERTa weights) or "random".
-            captions: a byte-level BPE is trained on them where no published tokenizer is used.
-            text_model: a RoBERTa at the Hugging Face hub, or a local folder; its sizes replace the
-                preset's. None stands for roberta-large if pretrained.
-            changes: values of DualEncoderConfig that replace the preset's.
+        Of the captions a tokenizer is made where no published one is used. text_model is a
+        RoBERTa's name or folder in place of roberta-large; its sizes are used.
         """
-        config = dataclasses.replace(PRESETS[preset], **changes)
-        pretrained = init == "pretrained"
-        if pretrained and text_model is None:
-            text_model = "roberta-large"
-        if text_model is None:
-            tokenizer = train_tokenizer(captions, config.vocabulary)
+        config, pretrained = PRESETS[preset], init == "pretrained"
+        passt = published_passt() if pretrained else None
+        text_model = text_model or (ROBERTA if pretrained else None)
+        if text_model:
+            roberta, tokenizer = published_roberta(text_model), load_tokenizer(text_model)
+            sizes = {name: getattr(roberta.config, name) for name in ROBERTA_SIZES}
+            config = dataclasses.replace(config, **sizes)
         else:
-            tokenizer, config, roberta = read_text_model(text_model, config, pretrained)
-        passt = published_passt() if pretrained else None  # or the end, before a model is made
+            tokenizer = train_bpe(captions, config.vocab_size)
         model = cls(config, tokenizer)
         _scale_to_width(model.audio, PRESETS["report"].audio_width / config.audio_width)
-        _scale_to_width(model.text, PRESETS["report"].text_width / config.text_width)
+        _scale_to_width(model.text, PRESETS["report"].hidden_size / config.hidden_size)
         if pretrained:
             load_strictly(model.audio.passt, passt, "the published PaSST")
-            load_strictly(model.text.roberta, roberta, f"--text-model {text_model}")
+            load_strictly(model.text.roberta, roberta.state_dict(), text_model)
         return model
 
     def checkpoint(self) -> dict:
         """All that load() needs, made of plain values and tensors."""
         return {
-            "format": FORMAT,
-            "config": dataclasses.asdict(self.config),
-            "tokenizer": self.tokenizer.to_str(),
-            "trained_on": self.trained_on,
-            "model": self.state_dict(),
+            "format": FORMAT, "config": dataclasses.asdict(self.config),
+            "tokenizer": self.tokenizer.to_str(), "trained_on": self.trained_on,
+            "stage": self.stage, "model": self.state_dict(),
         }
 
-    def save(self, path: str | os.PathLike) -> None:
-        write_tensors(self.checkpoint(), path)
+    def save(self, path: AnyPath) -> None:
+        with replacing(path) as temporary:
+            torch.save(self.checkpoint(), temporary)
 
     @classmethod
     def load(
-        cls,
-        path: str | os.PathLike,
-        device: str | torch.device = "cpu",
-        tokenizer: str | os.PathLike | None = None,
+        cls, path: AnyPath, device: str | torch.device = "cpu", tokenizer: AnyPath | None = None
     ) -> "DualEncoder":
-        """Load a checkpoint; nothing in the file is executed.
+        """Load best.pt or last.pt of a run, a run's folder, or the DCASE 2025 baseline's .ckpt.
 
-        Args:
-            path: best.pt or last.pt of a run, or the official DCASE 2025 baseline's .ckpt.
-            device: where the model is put.
-            tokenizer: a name, folder or tokenizer.json instead of the checkpoint's own; the
-                baseline's file holds none, and roberta-large's is taken.
-
-        Raises:
-            InputError: the file is missing, damaged, or neither of the two.
+        A tokenizer, by name or folder, takes the place of the checkpoint's own; the baseline's file
+        holds none, and roberta-large's is taken.
         """
-        saved = read_model(path, tokenizer)
-        model = cls(saved.config, saved.tokenizer)
-        load_strictly(model, saved.weights, path, saved.called)
-        model.trained_on = saved.trained_on
+        saved = read_checkpoint(path)
+        if tokenizer or saved["tokenizer"] is None:
+            tokenizer = load_tokenizer(tokenizer or ROBERTA)
+        else:
+            tokenizer = prepared(Tokenizer.from_str(saved["tokenizer"]))
+        model = cls(DualEncoderConfig(**saved["config"]), tokenizer)
+        load_strictly(model, saved["model"], path)
+        model.trained_on, model.stage = saved["trained_on"], saved["stage"]
         return model.to(device).eval()
 
 
+@torch.no_grad()
 def _scale_to_width(tower: nn.Module, ratio: float) -> None:
-    """Scale a tower's random matrices by the root of how much narrower it is than the report's.
+    """Scale random matrices by the root of how much narrower a tower is than the report's.
 
-    Both libraries draw them with a standard deviation of 0.02, whatever the width. In a narrow
-    tower the first token then hardly depends on the others, and training stands still at first.
+    Both libraries draw them with a standard deviation of 0.02, whatever the width: a narrow tower's
+    first token then hardly depends on the others, and training stands still at first.
     """
-    with torch.no_grad():
-        for parameter in tower.parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(ratio**0.5)
+    for parameter in (p for p in tower.parameters() if p.ndim >= 2):
+        parameter.mul_(ratio**0.5)
 
 
-def by_length(captions: Sequence[str]) -> list[int]:
-    """The order in which captions are embedded: neighbours of like length need little padding."""
-    return sorted(range(len(captions)), key=lambda i: len(captions[i]))
-
-
-def _waveform(sound: str | os.PathLike | np.ndarray | Tensor) -> np.ndarray:
+def _waveform(sound: Sound, rate: int) -> np.ndarray:
     """A sound as embed_audio takes it -> its first 30 s, (n,) float32.
 
     A file passes through int16, as in the cache: the same file has the same embedding by any way.
     """
     if isinstance(sound, str | os.PathLike):
-        sound = to_int16(decode(sound, CLIP_SAMPLES))
+        sound, rate = to_int16(load_audio(sound, CLIP_SAMPLES)), SAMPLE_RATE
     waveform = np.asarray(sound)
     if waveform.ndim != 1 or len(waveform) == 0:
-        raise InputError(f"a waveform of shape {waveform.shape}: (n,) with n >= 1 is needed")
-    waveform = crop(waveform)
+        raise InputError(f"an array of shape {waveform.shape} is no waveform: (n,) is needed, the "
+                         "mean over channels, or a list of such")
+    waveform = waveform[: CLIP_SAMPLES * rate // SAMPLE_RATE]
     if waveform.dtype == np.int16:
-        return waveform.astype(np.float32) / INT16_SCALE
-    if waveform.dtype.kind != "f" or not np.abs(waveform).max() <= MAX_LEVEL:  # NaN is not, either
+        waveform = waveform.astype(np.float32) / INT16_SCALE
+    if waveform.dtype.kind != "f" or not np.isfinite(waveform).all():
         raise InputError(f"a waveform of {waveform.dtype}: int16, or finite floats in -1..1 needed")
-    return waveform.astype(np.float32)
+    waveform = crop(resample(waveform.astype(np.float32), rate))
+    return waveform / max(1.0, np.abs(waveform).max())
 
 
-def _packed(segments: Iterable[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Segments clip by clip -> batches of whole clips: (S, 320000) and (C,) segments of each."""
-    clips: list[np.ndarray] = []
-    for clip in segments:
-        clips.append(clip)
-        if len(clips) == EMBED_CLIPS:
-            yield _batch(clips)
-            clips = []
-    if clips:
-        yield _batch(clips)
+# --- Checkpoints: ours, and the official baseline's ---
+
+def read_checkpoint(path: AnyPath) -> dict:
+    """What a checkpoint file holds, memory-mapped; the official baseline's is given our form.
+
+    It is an InputError where the file is missing, damaged, of another program or version.
+    """
+    path = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint file")
+    try:
+        # Lightning stores objects of other programs beside the weights: each becomes a dictionary.
+        others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals([(_Inert, name) for name in others]):
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if "state_dict" in saved:
+            return _from_baseline(saved)
+        DualEncoderConfig(**saved["config"])
+        if saved["format"] != FORMAT:
+            raise ValueError(f"its format is {saved['format']}, not {FORMAT}")
+        return saved
+    except Exception as error:  # torch.load raises whatever its parsers meet
+        why = (str(error) or repr(error)).splitlines()[0][:80]
+        raise InputError(f"{path}: is damaged or not this program's checkpoint ({why})") from error
 
 
-def _batch(clips: list[np.ndarray]) -> tuple[Tensor, Tensor]:
-    return torch.from_numpy(np.concatenate(clips)), torch.tensor([len(clip) for clip in clips])
+def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], source) -> None:
+    """Load weights whose names and shapes are the module's; else an InputError names one."""
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()[:100]
+        raise InputError(f"{source}: its weights do not fit the model: {reason}") from error
+
+
+class _Inert:  # stands for any class that a file names
+    def __new__(cls, *args) -> collections.OrderedDict:  # which takes both items and attributes
+        return collections.OrderedDict()
+
+
+BASELINE_NAMES = {  # where a weight's name begins in the baseline's file, and in ours
+    "tau": "tau", "audio_embedding_model.model.model.": "audio.passt.",
+    "audio_projection.": "audio_projection.", "text_embedding_model.": "text.roberta.",
+    "text_projection.": "text_projection.",
+}
+
+
+def _from_baseline(saved: dict) -> dict:
+    """PyTorch Lightning's checkpoint of the official DCASE 2025 baseline in the form of ours."""
+    weights = {}
+    for name, value in saved["state_dict"].items():
+        name = name.replace("_orig_mod.", "")  # torch.compile's
+        theirs = next(prefix for prefix in BASELINE_NAMES if name.startswith(prefix))
+        weights[BASELINE_NAMES[theirs] + name.removeprefix(theirs)] = value
+    weights = {n: w for n, w in weights.items() if not n.startswith("audio.passt.head")}  # classes
+    weights["tau"] = weights["tau"].abs().reshape(())  # by whose absolute value it divides
+    config = dataclasses.replace(PRESETS["report"], tau=weights["tau"].item())
+    # It always trains on Clotho; its hyperparameters say whether the others were left out.
+    settings = saved.get("hyper_parameters", {})
+    seen = [f"{n}/train" for n in ("audiocaps", "wavcaps") if settings.get(n, True) is not False]
+    return {
+        "config": dataclasses.asdict(config), "tokenizer": None, "model": weights,
+        "trained_on": ["clotho/development", *seen], "stage": "contrastive",
+    }
+
+
+def newest_checkpoint(runs: Path = Path("runs")) -> Path:
+    """The best.pt that was written last below the folder of runs."""
+    if found := sorted(runs.rglob("best.pt"), key=lambda path: path.stat().st_mtime):
+        return found[-1]
+    raise InputError(f"{runs}: no run with a best.pt here; train first, or give --checkpoint")
+
+
+# --- Device and precision ---
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that --device names; "auto" is a GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: cannot be used here; try --device cpu") from error
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype | None:
+    """The towers' autocast type. "auto" is bf16 on a GPU that has it, else fp16; fp32 on a CPU."""
+    if name == "auto" and device.type == "cuda":
+        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return PRECISIONS.get(name)

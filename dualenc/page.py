@@ -1,246 +1,273 @@
-"""Rankings and curves -> one HTML page to look at and listen to.
+"""An evaluation -> a page to look at and listen to; the logs of runs -> learning curves.
 
-    python evaluate.py --split test --html page.html
-    python -m dualenc.page curves runs/a runs/b --out curves.svg    # or .png
+A page is one file that holds its style, script, pictures and sounds, and needs no network. Whatever
+comes from outside (captions, names, paths) is escaped. matplotlib, which takes a second to import,
+is imported where a picture is drawn.
 """
 
-from collections.abc import Sequence
+import base64
+import functools
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
+import av
 import numpy as np
-import torch
+from torch import Tensor
 
-from dualenc import figures, run
-from dualenc.audio import MAX_SEGMENTS, SEGMENT_SECONDS
-from dualenc.document import Players, write_document
-from dualenc.evaluation import TEXT_TO_AUDIO, Evaluation
-from dualenc.metrics import METRICS
-from dualenc.options import Parser
-from dualenc.tables import (
-    REPORT_COLUMNS,
-    REPORT_FOOTNOTE,
-    Line,
-    coverage,
-    is_reports_split,
-    percent,
-    report_lines,
-    seen_mark,
-    spans,
-)
+from dualenc.audio import CLIP_SAMPLES, SAMPLE_RATE, load_audio, to_int16
+from dualenc.errors import InputError, printable, replacing
+from dualenc.metrics import ranks
 
 QUERIES_PER_GROUP = 20
 TOP = 10  # clips shown of each query's ranking
-SAMPLE_CLIPS = 40  # in the similarity matrices
-SAMPLE_GROUPS = 6
+EMBEDDED_BYTES = 25 * 2**20  # of mp3 in one page; in base64 they take a third more
+LOG = "log.jsonl"
+STYLE = {
+    "svg.fonttype": "none", "svg.hashsalt": "dualenc",  # text stays text; the same bytes every time
+    "axes.facecolor": "none", "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.4,
+    "legend.fontsize": "small", "text.parse_math": False,  # a $ in a run's name is a $
+}
+PANELS = {  # what each draws of a log, and how: intervals, and the means of epochs that stand out
+    "training loss": {"interval": "-", "loss": ".-", "contrastive": "--", "distillation": ":"},
+    "learning rate": {"lr": "-"},
+    "validation mAP@10, %": {"mAP@10": ".-"},
+}
+RANK_BINS = (1, 2, 6, 11, 21, 51, 101, 201, 501, 1001, 2001, 5001)  # where each begins
 
 
-def write_evaluation(path: Path, evaluation: Evaluation, runs: Sequence[Path] = ()) -> None:
+def write_evaluation(
+    path: Path, title: str, about: str, columns: Sequence[str],
+    lines: Sequence[tuple[str, Sequence[str]]], runs: Sequence[Path], names: Sequence[str],
+    paths: Sequence[Path], captions: Sequence[str], clip_of_caption: Sequence[int], text: Tensor,
+    audio: Tensor, relevant: dict[int, Sequence[int]],
+) -> None:
     """Write the page of one model on one split.
 
-    Args:
-        path: where the page is to lie.
-        runs: folders of the runs whose learning curves are shown.
+    There are N clips and Q captions, each of them a query; text (Q, D) and audio (N, D) have unit
+    norm. `lines` are (label, cells); a label that begins with two spaces belongs to the line above.
+    `runs` are folders whose learning curves are drawn if they hold a log. `relevant` is {caption:
+    its relevant clips} by the new annotations, or {}.
     """
-    split, players = evaluation.split, Players(path)
-    queries = Queries(evaluation)
-    title = f"{evaluation.name}{seen_mark(evaluation)} on {split.name}"
+    right = [int(clip) for clip in clip_of_caption]
+    rank = np.concatenate(ranks(text, audio, [[clip] for clip in right]))  # (Q,), from 1
+    first = dict(zip(reversed(right), reversed(captions), strict=True))  # each clip's first caption
+    held: list[bytes] = []  # the sounds in the page, mp3
+    source = functools.cache(lambda clip: _source(paths[clip], path.parent, held))
+
+    def item(row: int, place: int, clip: int, score: float) -> str:
+        mark = "✓ relevant, too" if clip in relevant.get(row, ()) else ""
+        mark = "✓ the right clip" if clip == right[row] else mark
+        sound = source(clip) and player(f"rank {place}: {names[clip]}", source(clip))
+        return (
+            f'<li value="{place}"{" class=relevant" if mark else ""}><span class="file">'
+            f'{escape(names[clip])}</span> <span class="mark">{mark}</span>\n{sound}'
+            f'<p class="quiet">score {score:.3f}; {escape(first.get(clip, ""))}</p></li>\n'
+        )
+
+    def query(row: int) -> str:
+        scores = audio @ text[row]
+        shown = list(enumerate(scores.argsort(descending=True, stable=True)[:TOP].tolist(), 1))
+        if rank[row] > TOP:
+            shown.append((rank[row], right[row]))
+        items = "".join(item(row, place, clip, float(scores[clip])) for place, clip in shown)
+        return (
+            f'<details class="query"><summary>{escape(captions[row])} <span class="quiet">rank '
+            f'{rank[row]:,}</span></summary>\n<ol class="clips">\n{items}</ol></details>\n'
+        )
+
+    own = (text * audio[right]).sum(dim=1).numpy()
+    order = np.lexsort((-own, rank))  # of equal ranks the higher score is the better
+    logged = [run for run in runs if (run / LOG).is_file()]
     body = "\n".join([
-        '<a class="skip" href="#listen">Skip to the queries</a>',
-        f"<h1>{escape(title)}</h1>",
-        f'<p class="quiet">{len(split.clips):,} clips; each of their {len(split.captions):,} '
-        f"captions is a query. {coverage(split)}</p>",
-        "<h2>Results</h2>", _results(evaluation),
-        "<h2>Learning curves</h2>", _curves(runs),
-        "<h2>Where the right clip ranks</h2>", queries.figures(),
-        "<h2>Similarities</h2>", _similarities(evaluation),
-        '<h2 id="listen">Queries to listen to</h2>', queries.section(players),
+        f'<a class="skip" href="#filter">Skip to the queries</a>\n<h1>{escape(title)}</h1>',
+        f'<p class="quiet">{escape(about)}</p>\n<h2>Results</h2>', _table(columns, lines),
+        "<h2>Learning curves</h2>",
+        _pictures(_curves(logged)) if logged else "<p>There is no log of a run.</p>",
+        "<h2>Where the right clip ranks</h2>", _pictures(_rankings(rank, len(audio))),
+        '<h2>Queries to listen to</h2>\n<div class="fields"><label for="filter">Filter by word'
+        '</label><input id="filter" type="search"><output id="shown" aria-live="polite"></output>'
+        "</div>", _groups(order, query),
     ])
-    write_document(path, title, body, players)
+    with replacing(path) as temporary:
+        # A file's name may hold bytes that are not UTF-8: they are shown as escapes.
+        temporary.write_text(document(title, body, held), "utf-8", "backslashreplace")
 
 
-def _results(evaluation: Evaluation) -> str:
-    """Every figure above its interval; on the report's own split, its table, too."""
-    parts = []
-    for name, values in evaluation.results.items():
-        below = spans(evaluation.intervals[name])
-        cells = {m: f"{v}<small>{below[m]}</small>" for m, v in percent(values).items()}
-        parts.append((name, cells))
-    found = _table("In percent, with 95 % confidence intervals", parts, METRICS)
-    if is_reports_split(evaluation.split):
-        lines = report_lines([evaluation])
-        found += _table("Beside the report's Table 1", lines, REPORT_COLUMNS)
-        found += f'<p class="quiet">{escape(REPORT_FOOTNOTE)}</p>'
+def _table(columns: Sequence[str], lines: Sequence[tuple[str, Sequence[str]]]) -> str:
+    def row(label: str, cells: Sequence[str], tag: str = "td") -> str:
+        below = " class=below" if label.startswith("  ") else ""
+        texts = "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells)
+        return f"<tr{below}><th>{escape(label)}</th>{texts}</tr>\n"
+
+    return (
+        '<div class="scroll" tabindex="0" role="region" aria-label="Results"><table>\n<thead>'
+        f'{row("", columns, "th")}</thead>\n<tbody>{"".join(row(*line) for line in lines)}</tbody>'
+        "</table></div>"
+    )
+
+
+def _groups(order: np.ndarray, query: Callable[[int], str]) -> str:
+    """(Q,) queries, the best answered first -> those that are shown, each by query(row)."""
+    shuffled = np.random.default_rng(0).permutation(order)
+    found = ""
+    for name, rows in {"Best": order, "Worst": order[::-1], "Random": shuffled}.items():
+        cards = "".join(map(query, rows[:QUERIES_PER_GROUP].tolist()))
+        found += f'<section class="group">\n<h3>{name}</h3>\n{cards}</section>\n'
     return found
 
 
-def _table(title: str, lines: Sequence[Line], columns: Sequence[str]) -> str:
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
-    rows = "\n".join(
-        f'<tr><th scope="row">{escape(label)}</th>'
-        + "".join(f"<td>{cells.get(column, '–')}</td>" for column in columns) + "</tr>"
-        for label, cells in lines
-    )
+def _source(path: Path, folder: Path, held: list[bytes]) -> str:
+    """What a player plays: a sound added to `held`, or a link when that is full; "" without any."""
+    if sum(map(len, held)) >= EMBEDDED_BYTES:
+        relative = quote(os.fsencode(os.path.relpath(path, folder)))
+        return f'src="{relative}"' if os.path.isfile(path) else ""
+    try:
+        held.append(encode_mp3(load_audio(path, CLIP_SAMPLES)))
+    except InputError:
+        return ""
+    return f'data-sound="{len(held) - 1}"'
+
+
+def encode_mp3(waveform: np.ndarray) -> bytes:
+    """(n,) float in -1..1 at 32 kHz -> an mp3 file, which every browser plays."""
+    target = io.BytesIO()
+    with av.open(target, "w", format="mp3") as file:
+        stream = file.add_stream("libmp3lame", rate=SAMPLE_RATE, layout="mono")
+        frame = av.AudioFrame.from_ndarray(to_int16(waveform)[None], "s16", "mono")
+        frame.sample_rate = SAMPLE_RATE
+        file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    return target.getvalue()
+
+
+def document(title: str, body: str, sounds: Sequence[bytes] | None = None) -> str:
+    """A whole HTML document; with a list of sounds (mp3) it holds them, and page.js."""
+    here, script = Path(__file__), ""
+    if sounds is not None:
+        held = json.dumps([base64.b64encode(mp3).decode() for mp3 in sounds])
+        script = f'<script type="application/json" id="sounds">{held}</script>\n'
+        script += f"<script>\n{here.with_suffix('.js').read_text('utf-8')}</script>\n"
     return (
-        f"<h3>{escape(title)}</h3>\n"
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(title)}">\n'
-        f"<table>\n<thead><tr><td></td>{head}</tr></thead>\n"
-        f'<tbody>\n{rows}\n</tbody>\n</table>\n</div>\n'
+        '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<link rel="icon" href="data:,">\n<title>{escape(title)}</title>\n'
+        f"<style>\n{here.with_suffix('.css').read_text('utf-8')}</style>\n"
+        f"<main>\n{body}\n</main>\n{script}"
     )
 
 
-def _figures(found: dict[str, str]) -> str:
-    """{caption: <svg>} -> figures side by side, or one below the other on a phone."""
-    parts = []
-    for caption, svg in found.items():
-        named = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(caption)}" ', 1)
-        parts.append(f"<figure>{named}<figcaption>{escape(caption)}</figcaption></figure>")
-    return '<div class="figures">\n' + "\n".join(parts) + "\n</div>"
+def player(label: str, sound: bytes | str) -> str:
+    """An <audio> of an mp3 that it holds itself, or of what an attribute names."""
+    if isinstance(sound, bytes):
+        sound = f'src="data:audio/mpeg;base64,{base64.b64encode(sound).decode()}"'
+    return f'<audio controls preload="none" aria-label="{escape(label)}" {sound}></audio>\n'
 
 
-def runs_behind(checkpoints: Sequence[Path]) -> list[Path]:
-    """The folders of the runs that wrote them, and of these runs' teachers, if logs are there."""
-    folders: dict[Path, None] = {}
-    for folder in (checkpoint.parent for checkpoint in checkpoints):
-        if _has_log(folder):
-            teachers = figures.read_log(folder).settings.get("teachers", [])
-            folders |= dict.fromkeys([folder, *(Path(teacher).parent for teacher in teachers)])
-    return list(filter(_has_log, folders))
+def clock(seconds: float) -> str:
+    """Seconds as 0:20 or 1:02:20, with a tenth where one is left: 0:07.3."""
+    minutes, tenths = divmod(round(10 * seconds), 600)
+    hours, minutes = divmod(minutes, 60)
+    text = f"{hours}:{minutes:02}" if hours else f"{minutes}"
+    return f"{text}:{tenths / 10:04.1f}".removesuffix(".0")
 
 
-def _has_log(folder: Path) -> bool:
-    return (folder / "log.jsonl").is_file()
+def _svg(paints: dict[str, Callable], paper: str = "none") -> str:
+    """Pictures side by side; 4.4 inches are as wide as a phone shows with text that can be read."""
+    from matplotlib import figure, rc_context
+
+    file, hidden = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with rc_context(STYLE):
+        picture = figure.Figure((4.4 * len(paints), 3), facecolor=paper, layout="constrained")
+        panels = picture.subplots(1, len(paints), squeeze=False)[0]
+        for axes, (title, paint) in zip(panels, paints.items(), strict=True):
+            axes.set_title(title)
+            paint(axes)
+        picture.savefig(file, format="svg", metadata=hidden)
+    return file.getvalue()
 
 
-def _curves(runs: Sequence[Path]) -> str:
-    if not runs:
-        return "<p>There is no log.jsonl beside the checkpoint.</p>"
-    logs = [figures.read_log(run) for run in runs]
-    names = ", ".join(escape(log.name) for log in logs)
-    return f'<p class="quiet">Runs: {names}</p>\n{_figures(figures.curves(logs))}'
+def _pictures(paints: dict[str, Callable]) -> str:
+    """Pictures for a page, in the colour of its text."""
+    figures = ""
+    for caption, paint in paints.items():
+        svg = _svg({"": paint}).replace("#000000", "currentColor")
+        prefix = re.sub(r"\W+", "-", caption)  # keeps its ids apart from other pictures'
+        svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{prefix}-", svg[svg.index("<svg") + 4 :])
+        figures += f'<figure><svg role="img" aria-label="{escape(caption)}"{svg}'
+        figures += f"<figcaption>{escape(caption)}</figcaption></figure>\n"
+    return f'<div class="figures">\n{figures}</div>'
 
 
-def _similarities(evaluation: Evaluation) -> str:
-    """Cosines among a sample of clips, and between them and their first captions, grouped."""
-    split = evaluation.split
-    sample = np.sort(np.random.default_rng(0).permutation(len(split.clips))[:SAMPLE_CLIPS])
-    first = np.searchsorted(split.clip_of_caption, sample)  # captions stand clip by clip
-    sounds, captions = evaluation.audio[sample].numpy(), evaluation.text[first].numpy()
-    groups = figures.group(sounds @ sounds.T, SAMPLE_GROUPS)
-    draw = figures.similarity_matrix
-    items = []
-    for i, group in enumerate(groups):
-        clips = [split.clips[sample[j]] for j in group]
-        lines = "".join(
-            f'<li>{escape(clip.name)} <span class="caption">{escape(clip.captions[0])}</span></li>'
-            for clip in clips
-        )
-        items.append(f"<li>Group {figures.group_letter(i)}<ul>{lines}</ul></li>")
-    return (
-        f'<p class="quiet">{len(sample)} clips drawn at random, grouped by how alike they sound to '
-        "the model. In the second matrix a bright diagonal means that captions find their own "
-        "clips, a bright block that they find its like.</p>"
-        + _figures({
-            "Sounds with sounds": draw(sounds @ sounds.T, groups, ("clip", "clip"), "clips"),
-            "Captions with sounds": draw(captions @ sounds.T, groups, ("caption", "clip"), "pairs"),
-        })
-        + f"<details><summary>The clips of each group</summary><ul>{''.join(items)}</ul></details>"
-    )
+def _rankings(rank: np.ndarray, n_clips: int) -> dict[str, Callable]:
+    """(Q,) rank of each query's right clip among n_clips, from 1: a histogram, and R@k over k."""
+    edges = [edge for edge in RANK_BINS if edge <= n_clips] + [n_clips + 1]
+    spans = zip(edges[:-1], edges[1:], strict=True)
+    bins = [f"{low:,} to {end - 1:,}" if end - low > 1 else f"{low}" for low, end in spans]
+
+    def histogram(axes) -> None:
+        bars = axes.barh(bins, np.histogram(rank, edges)[0])
+        axes.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize="small")
+        axes.set(xmargin=0.12, xlabel="queries", ylabel="rank of the right clip")
+        axes.invert_yaxis()
+
+    def recall(axes) -> None:
+        k = np.arange(1, n_clips + 1)
+        axes.plot(k, 100 * np.searchsorted(np.sort(rank), k, side="right") / len(rank))
+        axes.plot(k, 100 * k / n_clips, "--", color="gray")
+        axes.set(xscale="log", xlabel="k", ylabel="R@k, %", ylim=(0, 102))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.minorticks_off()
+
+    return {
+        f"Rank of the right clip among {n_clips:,}; the median is {np.median(rank):g}": histogram,
+        "Recall: right clips that are among the first k (dashed: by chance)": recall,
+    }
 
 
-class Queries:
-    """Every caption of a split as a query: how its right clip ranks, and what ranks before it."""
-
-    def __init__(self, evaluation: Evaluation):
-        self.split, self.audio, self.text = evaluation.split, evaluation.audio, evaluation.text
-        self.captions, self.clip = self.split.captions, self.split.clip_of_caption
-        self.rank = torch.cat(evaluation.rows[TEXT_TO_AUDIO].ranks).numpy()
-        annotations = evaluation.annotations
-        self.relevant = dict(zip(*annotations, strict=True)) if annotations else {}
-
-    def figures(self) -> str:
-        n, share = len(self.audio), np.mean(self.rank <= TOP)
-        median = np.median(self.rank)
-        return _figures({
-            f"Rank of the right clip among {n:,}; the median is {median:g}":
-                figures.rank_histogram(self.rank, n),
-            f"Recall: {100 * share:.1f} % of the right clips are among the first {TOP}":
-                figures.recall_curve(self.rank, n),
-        })
-
-    def groups(self) -> dict[str, np.ndarray]:
-        """The queries shown, by how well they were answered: {title: rows}."""
-        own = (self.text * self.audio[self.clip]).sum(dim=1).numpy()
-        order = np.lexsort((-own, self.rank))  # of equal ranks the higher cosine is the better
-        count = min(QUERIES_PER_GROUP, len(order))
-        middle = (len(order) - count) // 2
-        return {
-            "Best": order[:count],
-            "Median": order[middle : middle + count],
-            "Worst": order[::-1][:count],
-            "Random": np.random.default_rng(0).permutation(len(order))[:count],
-        }
-
-    def section(self, players: Players) -> str:
-        groups = self.groups()
-        shown = sum(map(len, groups.values()))
-        parts = [
-            '<div class="filter"><label for="filter">Filter by word</label>'
-            '<input id="filter" type="search" autocomplete="off">'
-            f'<output id="shown" for="filter" aria-live="polite">{shown} of {shown} queries shown'
-            "</output></div>"
-        ]
-        for title, rows in groups.items():
-            cards = "\n".join(self._card(int(row), players) for row in rows)
-            parts.append(f'<section class="group">\n<h3>{title}</h3>\n{cards}\n</section>')
-        return "\n".join(parts)
-
-    def _card(self, row: int, players: Players) -> str:
-        right, rank = self.clip[row], int(self.rank[row])
-        scores = self.audio @ self.text[row]
-        first = scores.sort(descending=True, stable=True).indices[:TOP].tolist()
-        ranked = list(enumerate(first, start=1))
-        if right not in first:
-            ranked.append((rank, right))
-        items = "\n".join(
-            self._clip(clip, place, float(scores[clip]), row, players) for place, clip in ranked
-        )
-        return (
-            f'<details class="query"><summary>{escape(self.captions[row])} '
-            f'<span class="rank">rank {rank:,}</span></summary>\n'
-            f'<ol class="clips">\n{items}\n</ol></details>'
-        )
-
-    def _clip(self, clip: int, place: int, score: float, row: int, players: Players) -> str:
-        found = self.split.clips[clip]
-        mark = ""
-        if clip == self.clip[row]:
-            mark = "✓ the right clip"
-        elif clip in self.relevant.get(row, ()):
-            mark = "✓ relevant, too"
-        seconds = MAX_SEGMENTS * SEGMENT_SECONDS  # what the model heard of it
-        kind = ' class="relevant"' if mark else ""
-        return (
-            f'<li value="{place}"{kind}><span class="file">{escape(found.name)}</span> '
-            f'<span class="mark">{mark}</span>\n'
-            f"{players.player(found.path, f'rank {place}: {found.name}', seconds=seconds)}\n"
-            f'<p class="caption">score {score:.3f}; {escape(found.captions[0])}</p></li>'
-        )
+def _read_log(run: Path) -> dict[str, list[tuple[float, float]]]:
+    """{what PANELS draws: its (step, value)} of a run; InputError where its log cannot be read."""
+    points: dict[str, list] = {}
+    try:
+        # The first line is the settings; after the last newline a line may still be being written.
+        for line in (run / LOG).read_text("utf-8").split("\n")[1:-1]:
+            row = json.loads(line)
+            if "validation" in row:
+                values = {name: row[name] for name in PANELS["training loss"] if name in row}
+                values["mAP@10"] = 100 * row["validation"]["mAP@10"]
+            else:
+                values = {"interval": row["loss"], "lr": row["lr"]}
+            for name, value in values.items():
+                points.setdefault(name, []).append((float(row["step"]), float(value)))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{run / LOG}: cannot be read as a run's log ({error!r})") from error
+    return points
 
 
-def main() -> int:
-    parser = Parser(__doc__)
-    parser.add_argument("what", choices=("curves",), help="the learning curves of runs")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
-    parser.add_argument(
-        "--out", type=Path, default=Path("curves.svg"), metavar="FILE",
-        help=".svg or .png (default curves.svg)",
-    )
-    args = parser.parse_args()
-    figures.write_curves(args.runs, args.out)
-    print(f"wrote {args.out}")
-    return 0
+def _curves(runs: Sequence[Path]) -> dict[str, Callable]:
+    """The learning curves of runs, each run in a colour."""
+    logs = {run: _read_log(run) for run in runs}
+
+    def paint(axes, lines: dict[str, str]) -> None:
+        for i, (run, log) in enumerate(logs.items()):
+            for name in [name for name in lines if name in log]:
+                style = {"color": f"C{i}", "alpha": 0.35 if name == "interval" else 1}
+                style["label"] = name if len(lines) > 1 else printable(run.resolve().name)
+                axes.plot(*np.transpose(log[name]), lines[name], **style)
+        legend = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))  # one a label
+        if len(legend) > 1:
+            axes.legend(legend.values(), legend)
+        axes.set(xlabel="step", ylim=(None if "loss" in lines else 0, None))
+
+    return {title: functools.partial(paint, lines=lines) for title, lines in PANELS.items()}
 
 
-if __name__ == "__main__":
-    run(main)
+def write_curves(run_folders: Sequence[Path], path: Path) -> None:
+    """Draw the learning curves of runs into one SVG file; InputError where that cannot be done."""
+    with replacing(path) as temporary:
+        temporary.write_text(_svg(_curves(run_folders), paper="white"), "utf-8")

@@ -5,181 +5,334 @@
     python -m dualenc.search --audio FOLDER                      # asks for sentence after sentence
     python -m dualenc.search --serve --audio FOLDER              # a local page to type into
 
-The folder is embedded once, into an index beside it; later only what is new or changed is. From
-Python: SoundIndex in dualenc.index.
+The folder is embedded once, into an index in it; later only what is new or changed is.
+
+N files    S segments of all files together, s of one    D embedding values
 """
 
+import contextlib
+import hashlib
 import json
 import os
+import shlex
 import sys
-from collections.abc import Iterator
+import time
+import urllib.parse
 from html import escape
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
-from dualenc import MAX_LISTED_FAULTS, InputError, run
-from dualenc.audio import SAMPLE_RATE
-from dualenc.document import Players, clock, match_list, percent, write_document
-from dualenc.index import Match, SoundIndex
-from dualenc.model import DualEncoder
-from dualenc.options import Parser, add_device_options, add_tokenizer_option, check_writable, number
-from dualenc.processes import Processes
-from dualenc.runs import newest_best
-from dualenc.serve import Server, serve
-from dualenc.sounds import embed_file, sounds_below
-from dualenc.stages import place
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dualenc import audio, page
+from dualenc.errors import InputError, Parser, printable, replacing, run
+from dualenc.model import DualEncoder, choose_device, choose_precision, newest_checkpoint
 
 INDEX_NAME = ".dualenc-index"  # hidden: sounds_below passes over it
+SAVE_SECONDS = 60  # of embedding that an interruption may cost
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; media-src data:; img-src data:"
 
+
+class Match(NamedTuple):
+    """A file found, and the seconds where its best segment starts and ends."""
+
+    path: Path
+    score: float  # cosine with the query
+    above: float  # the share of the index that scores lower
+    start: int
+    end: float
+
+    def where(self) -> str:
+        return f"{page.clock(self.start)} to {page.clock(self.end)}"
+
+
+class File(NamedTuple):
+    """What the index knows of a file."""
+
+    stamp: list[int]  # size in bytes, and time of modification in ns
+    seconds: float  # as far as segments reach
+    segments: int  # none where it could not be read
+    fault: str  # why it could not be read, or not whole
+
+
+class SoundIndex:
+    """Embedded sound files, and exact search in them.
+
+    Attributes:
+        files: {name: File}; a name is relative to root.
+        shares: (S, D) float32: segments of one file after the other, so scaled that those of a file
+            add up to its embedding, which is their mean brought to unit norm.
+        names: (N,) of the files that could be read: those that are searched.
+    """
+
+    def __init__(self, model: DualEncoder, root: Path, files: dict[str, File], shares: Tensor):
+        self.model, self.root, self.files, self.shares = model, root, files, shares
+        self.names = [name for name, file in files.items() if file.segments]
+        self._ends = np.cumsum([0, *(files[name].segments for name in self.names)])
+
+    @classmethod
+    def build(cls, model: DualEncoder, sounds, folder: Path | None = None) -> "SoundIndex":
+        """Embed a folder of sounds, or paths of files; an InputError where none can be read.
+
+        What the index in `folder` holds already is not embedded again; it is kept there.
+        """
+        below = isinstance(sounds, str | os.PathLike)
+        root = Path(os.path.abspath(sounds if below else os.sep))
+        paths = map(os.path.abspath, audio.sounds_below(sounds) if below else sounds)
+        stamps = {os.path.relpath(path, root): _stamp(path) for path in paths}
+        index = cls(model, root, {}, torch.zeros(0, model.config.embedding))
+        if folder is not None and (folder / "index").exists():
+            index = cls.load(folder, model, root)
+        parts = index.shares.split([file.segments for file in index.files.values()])
+        rows = zip(index.files, index.files.values(), parts, strict=True)
+        rows = {name: row for name, *row in rows if stamps.get(name) == row[0].stamp}
+
+        def gathered() -> SoundIndex:
+            files = {name: rows[name][0] for name in sorted(rows)}
+            shares = torch.cat([index.shares[:0], *(rows[name][1] for name in files)])
+            own = cls(model, root, files, shares)
+            if folder is not None:
+                own.save(folder)
+            return own
+
+        fresh, due = [name for name in stamps if name not in rows], time.monotonic() + SAVE_SECONDS
+        for name in tqdm(fresh, "embedding", unit="file", disable=None if folder else True):
+            part, *found = embed_file(model, root / name)
+            rows[name] = File(stamps[name], *found), part
+            if time.monotonic() > due:
+                gathered()
+                due = time.monotonic() + SAVE_SECONDS
+        if fresh or len(rows) < len(index.files):
+            index = gathered()
+        if not index.names:
+            faults = [f"{name}: {file.fault}" for name, file in index.files.items()]
+            raise InputError.of(f"{root}: no sound file that can be read", faults or ["none there"])
+        return index
+
+    def save(self, folder: Path) -> None:
+        header = json.dumps([_origin(self.model, self.root, folder), self.files])
+        with replacing(folder / "index") as temporary, open(temporary, "wb") as file:
+            torch.save([header, self.shares], file)
+
+    @classmethod
+    def load(cls, folder: Path, model: DualEncoder, root: Path) -> "SoundIndex":
+        """Open the index of this model and root, memory-mapped; else an InputError."""
+        try:
+            header, shares = torch.load(folder / "index", weights_only=True, mmap=True)
+            origin, files = json.loads(header)
+        except Exception:  # torch.load raises whatever its parsers meet
+            origin = "damaged"
+        if origin != _origin(model, root, folder):
+            raise InputError(
+                f"{folder}: is the index of another checkpoint or folder, or damaged; give that "
+                f"--checkpoint, another --index, or remove it (rm -r {shlex.quote(str(folder))})"
+            )
+        return cls(model, root, {name: File(*file) for name, file in files.items()}, shares)
+
+    def search(self, sentence: str, k: int = 10, by: str = "file") -> list[Match]:
+        """The k files that match a sentence best, best first; of equal ones the first by name.
+
+        A file's score is that of its embedding, or by "segment" that of its best segment.
+        """
+        return self.nearest(self.model.embed_text(in_words(sentence))[0], k, by)
+
+    def search_like(self, path: str | os.PathLike, k: int = 10, by: str = "file") -> list[Match]:
+        """The k files that sound most like one, which need not be of the index."""
+        shares, _, segments, fault = embed_file(self.model, path)
+        if not segments:
+            raise InputError(f"{path}: {fault}")
+        return self.nearest(shares.sum(dim=0), k, by)
+
+    def nearest(self, query: Tensor, k: int = 10, by: str = "file") -> list[Match]:
+        """Exact search: the k best files for a (D,) query of unit norm."""
+        if k < 1 or by not in ("file", "segment"):
+            raise InputError(f"k={k}, by={by}: at least 1, and 'file' or 'segment', are needed")
+        products = self.shares @ query  # (S,)
+        if by == "segment":
+            products /= self.shares.norm(dim=1)
+        reduce = np.add if by == "file" else np.maximum
+        scores = torch.from_numpy(reduce.reduceat(products.numpy(), self._ends[:-1]))  # (N,)
+        least = scores.topk(min(k, len(scores))).values[-1]
+        reached = (scores >= least).nonzero().flatten()  # more than k where the last are equal
+        order = scores[reached].argsort(descending=True, stable=True)[:k]
+        matches = []
+        for i in reached[order].tolist():
+            above = (scores < scores[i]).double().mean().item()
+            shares = self.shares[self._ends[i] : self._ends[i + 1]]
+            start = int((shares @ query / shares.norm(dim=1)).argmax()) * audio.SEGMENT_SECONDS
+            end = min(start + audio.SEGMENT_SECONDS, self.files[self.names[i]].seconds)
+            matches.append(Match(self.root / self.names[i], scores[i].item(), above, start, end))
+        return matches
+
+
+def in_words(sentence: str) -> str:
+    """The sentence as it is embedded; an InputError where no word is left of it."""
+    if not any(c.isalnum() for c in sentence):
+        raise InputError(f"{sentence.strip()!r}: no word is left to search for")
+    return sentence.strip().encode(errors="replace").decode()
+
+
+def _origin(model: DualEncoder, root: Path, folder: Path) -> list[str]:
+    """What an index is of: sounds, and the model, by some thousand values of each weight tensor."""
+    values = [value.flatten().cpu() for value in model.state_dict().values()]
+    spread = torch.cat([value[:: max(1, len(value) // 1000)] for value in values])
+    place = os.path.relpath(root.resolve(), folder.resolve())  # both may have moved together
+    return ["index 2", hashlib.sha256(spread.numpy()).hexdigest(), place]
+
+
+def _stamp(path: str | os.PathLike) -> list[int]:
+    """What tells that a file has changed; where it may not be read there is none yet."""
+    found = os.stat(path) if os.access(path, os.R_OK) else None
+    return [found.st_size, found.st_mtime_ns] if found else []
+
+
+def embed_file(model: DualEncoder, path: Path) -> tuple[Tensor, float, int, str]:
+    """One file, however long: its shares (s, D); seconds, segments and fault as in File."""
+    samples, faults, vectors = 0, [], [torch.zeros(0, model.config.embedding)]
+    try:
+        for block in audio.stream_audio(path, faults):
+            if samples and len(block) < audio.MIN_REMAINDER:
+                break  # a remainder that does not count
+            samples += len(block)
+            block = audio.to_int16(block / max(1.0, np.abs(block).max()))
+            with torch.inference_mode():
+                segments = torch.from_numpy(audio.cut(block)).to(model.device)
+                vectors.append(model.eval().project_segments(segments).cpu())
+    except InputError as error:
+        vectors, faults = vectors[:1], [str(error).removeprefix(printable(f"{path}: "))]
+    own = torch.cat(vectors)
+    seconds = min(samples / audio.SAMPLE_RATE, len(own) * audio.SEGMENT_SECONDS)
+    return own / own.sum(dim=0).norm(), seconds, len(own), "; ".join(faults)
+
+
+# --- The local page ---
+
+def answer(index: SoundIndex, k: int, by: str, sentence: str) -> str:
+    """A page with a text field, and the sounds found; each carries the 10 s that match."""
+    body = (
+        '<h1>Search sounds</h1>\n<form role="search"><label for="q">A sound of</label>'
+        f'<input id="q" name="q" type="search" value="{escape(sentence)}" required>'
+        f'<button>Search</button></form>\n<p class="quiet">{len(index.names):,} files in '
+        f'{escape(str(index.root))}</p>\n<ol class="clips">\n'
+    )
+    try:
+        for match in index.search(sentence, k, by) if sentence else ():
+            block, start = divmod(match.start * audio.SAMPLE_RATE, audio.CLIP_SAMPLES)
+            waveform = next(islice(audio.stream_audio(match.path), block, None))
+            mp3 = page.encode_mp3(waveform[start : start + audio.SEGMENT_SAMPLES])
+            title = f"{os.path.relpath(match.path, index.root)}, {match.where()}"
+            body += (
+                f"<li>{escape(title)}\n{page.player(title, mp3)}"
+                f'<p class="quiet">{match.score:.3f}, above {match.above:.1%} of all</p></li>\n'
+            )
+    except InputError as error:  # no word, or a file that was removed since
+        body += f"<li>{escape(str(error))}</li>"
+    return page.document(f"{sentence} – Search sounds".lstrip(" –"), body + "</ol>")
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        url, port, found = urllib.parse.urlsplit(self.path), self.server.server_port, ""
+        hosts = f"127.0.0.1:{port}", f"localhost:{port}"  # or any web page could ask (rebinding)
+        if url.path == "/" and self.headers.get("Host") in hosts:
+            sentence = dict(urllib.parse.parse_qsl(url.query)).get("q", "")
+            found = self.server.answer(sentence.strip()[:1000])
+        with contextlib.suppress(ConnectionError):  # the browser may have broken off
+            self.send_response(200 if found else 404)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.send_header("Content-Security-Policy", POLICY)
+            self.end_headers()
+            self.wfile.write(found.encode(errors="backslashreplace"))
+
+    def log_message(self, *arguments) -> None:
+        """Nothing: the terminal is for what the user has to know."""
+
+
+# --- The command ---
 
 def parse_arguments():
     parser = Parser(__doc__)
-    parser.add_argument("sentence", nargs="?", help="what to search for (default: asks for it)")
-    parser.add_argument("--like", type=Path, metavar="FILE", help="search for sounds like this one")
-    parser.add_argument("--audio", type=Path, metavar="FOLDER", help="the sounds to search")
-    parser.add_argument(
-        "--index", type=Path, metavar="FOLDER",
-        help=f"where the index is kept (default: {INDEX_NAME} in the folder of sounds); without "
-        "--audio it is searched as it is",
-    )
-    parser.add_argument("--checkpoint", type=Path, help="default: the newest run's best.pt")
-    add_tokenizer_option(parser)
-    parser.add_argument("--top", type=number(int, 1), default=10, metavar="N", help="default 10")
-    parser.add_argument(
-        "--by", choices=("file", "segment"), default="file",
-        help="score a file by the mean over its 10 s segments, or by its best one (default file)",
-    )
-    output = parser.add_argument_group("output")
-    output.add_argument("--json", action="store_true", help="a JSON object per query and line")
-    output.add_argument("--html", type=Path, metavar="FILE", help="a page with players, too")
-    output.add_argument("--serve", action="store_true", help="open a local page to type into")
-    output.add_argument(
-        "--port", type=number(int, 0, 65_535), default=8765, metavar="N",
-        help="of --serve (default 8765; 0 takes any that is free)",
-    )
-    add_device_options(parser)
-    args = parser.parse_args()
-    _check_arguments(args)
-    if args.sentence:  # bytes that are not UTF-8 are no word
-        args.sentence = args.sentence.encode(errors="replace").decode()
+    add, add_query = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    add_query("sentence", nargs="?", help="what to search for (default: asks for it)")
+    add_query("--like", type=Path, metavar="FILE", help="search for sounds like this one")
+    add_query("--serve", action="store_true", help="open a local page to type into")
+    add_query("--list-faults", action="store_true", help="what could not be read, or not whole")
+    add("--audio", type=Path, metavar="FOLDER", required=True, help="the sounds to search")
+    add("--index", type=Path, metavar="FOLDER", help=f"default: {INDEX_NAME} among the sounds")
+    add("--checkpoint", type=Path, help="default: the newest best.pt of runs/")
+    add("--tokenizer", help="a name or folder, instead of the checkpoint's own")
+    add("--top", type=int, default=10, metavar="N", help="files shown (10)")
+    add("--by", choices=("file", "segment"), default="file",
+        help="score a file by the mean over its 10 s segments, or by its best one (file)")
+    add("--json", action="store_true", help="a JSON object per query and line")
+    add("--port", type=int, default=8765, help="of --serve (8765; 0 takes any that is free)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
+    try:
+        args = parser.parse_args()
+    except InputError as error:
+        dashed = any(word[:1] == "-" != word[1:2] for word in sys.argv[1:])
+        way = "; a sentence that begins with a dash goes after --" if dashed else ""
+        raise InputError(f"{error}{way}") from error
+    if args.sentence is not None:
+        args.sentence = in_words(args.sentence)
+    if args.like:
+        next(audio.stream_audio(args.like))  # is a sound, or said before the folder is embedded
     return args
 
 
-def _check_arguments(args) -> None:
-    if not (args.audio or args.index):
-        raise InputError("--audio FOLDER, the sounds to search, is missing")
-    if args.sentence is not None and args.like:
-        raise InputError("a sentence and --like are two queries; give one")
-    if args.serve and (args.sentence or args.like or args.json or args.html):
-        raise InputError("--serve takes no query and writes no --json or --html")
-    if args.html and not (args.sentence or args.like):
-        raise InputError("--html needs a sentence or --like")
-    if args.like and not args.like.is_file():
-        raise InputError(f"--like {args.like}: no such file")
-    if args.sentence is not None and not args.sentence.strip():
-        raise InputError("the sentence is empty")
-    check_writable(args.html)
-
-
-# --- The index ---
-
-
-def open_index(model: DualEncoder, audio: Path | None, folder: Path | None) -> SoundIndex:
-    """The index, brought up to date with the folder of sounds; says on stderr what was left out."""
-    folder = folder or audio / INDEX_NAME
-    if audio is None:
-        return SoundIndex.load(folder, model)
-    paths, others, faults = sounds_below(audio)
-    old = SoundIndex(model, audio)
-    if (folder / "index.json").exists():
-        old = SoundIndex.load(folder, model)
-        if old.root.resolve() != audio.resolve():
-            raise InputError(f"{folder}: is the index of {old.root}; name another with --index")
-    index = old.updated(paths, folder, f"embedding {audio}")
-    if others:
-        counts = ", ".join(f"{count:,} {suffix}" for suffix, count in others.most_common())
-        print(f"passed over: {printable(counts)}", file=sys.stderr)
-    faults += index.faults
-    for line in faults[:MAX_LISTED_FAULTS]:
-        print(f"left out: {printable(line)}", file=sys.stderr)
-    if len(faults) > MAX_LISTED_FAULTS:
-        print(f"left out: {len(faults) - MAX_LISTED_FAULTS:,} more", file=sys.stderr)
-    if not len(index):
-        raise InputError(f"{audio}: no sound file below it that can be read")
-    hours = index.files["samples"].sum() / (3600 * SAMPLE_RATE)
-    print(f"index: {len(index):,} files, {hours:.2f} h, in {folder}", file=sys.stderr)
-    return index
-
-
-# --- The answers ---
-
-
-def sentences() -> Iterator[str]:
-    """What is typed or piped in, line by line."""
-    sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8 are no word
-    while True:
-        if sys.stdin.isatty():
-            print("sentence> ", end="", file=sys.stderr, flush=True)
-        try:
-            line = input()
-        except EOFError:
-            return
-        if line.strip():
-            yield line
-
-
-def print_matches(matches: list[Match], root: Path) -> None:
-    print(f"{'':4} {'score':>6}  {'above':>7}  {'where':>18}  file")
+def show(query: str, matches: list[Match], root: Path, as_json: bool) -> None:
+    if as_json:
+        found = [match._asdict() | {"path": str(match.path)} for match in matches]
+        return print(json.dumps({"query": query, "matches": found}), flush=True)
+    print(f"{'':4} {'score':>6}  {'above':>6}  {'where':>18}  file")
     for rank, match in enumerate(matches, start=1):
-        where = f"{clock(match.start)} to {clock(match.end)}"
-        file = printable(os.path.relpath(match.path, root))
-        print(f"{rank:3}. {match.score:6.3f}  {percent(match.above):>7}  {where:>18}  {file}")
+        name = printable(os.path.relpath(match.path, root))
+        print(f"{rank:3}. {match.score:6.3f}  {match.above:6.1%}  {match.where():>18}  {name}")
 
 
-def json_line(query: str, matches: list[Match]) -> str:
-    found = [vars(match) | {"path": str(match.path)} for match in matches]
-    return json.dumps({"query": query, "matches": found})
-
-
-def printable(text: str) -> str:
-    """Text from outside, such as a file's name, that cannot steer the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def write_page(path: Path, query: str, matches: list[Match], root: Path) -> None:
-    """The matches as a page with players that start at the matching segment."""
-    players = Players(path)
-
-    def player(match: Match, label: str) -> str:
-        return players.player(match.path, label, match.start)
-
-    title = f"Sounds for: {query}"
-    body = f"<h1>{escape(title)}</h1>\n{match_list(matches, root, player)}"
-    write_document(path, title, body, players)
-
-
-def main() -> int:
+def main() -> None:
     args = parse_arguments()
-    checkpoint = args.checkpoint or newest_best()
-    model = DualEncoder.load(checkpoint, tokenizer=args.tokenizer)
-    model = place(model, args, Processes.start(args.device))
-    # Before the folder is embedded, which may take hours, the rest is seen to be possible.
-    server = Server(None, args.port) if args.serve else None
-    like = embed_file(model, args.like) if args.like else None
-    index = open_index(model, args.audio, args.index)
-    if server:
-        server.index = index
-        return serve(server)
-    given = args.like or args.sentence
-    for query in [str(given)] if given else sentences():
-        embedded = model.embed_text([query]) if like is None else like
-        (matches,) = index.nearest(embedded, args.top, args.by)
-        if args.json:
-            print(json_line(query, matches), flush=True)
-        else:
-            print_matches(matches, index.root)
-        if args.html:
-            write_page(args.html, query, matches, index.root)
-    return 0
+    try:  # before all that takes long
+        server = ThreadingHTTPServer(("127.0.0.1", args.port), Handler) if args.serve else None
+    except (OSError, OverflowError) as error:
+        raise InputError(f"--port {args.port}: {error}; name another") from error
+    device = choose_device(args.device)
+    model = DualEncoder.load(args.checkpoint or newest_checkpoint(), device, args.tokenizer)
+    model.precision = choose_precision(args.precision, device)
+    folder = args.index or args.audio / INDEX_NAME
+    index = SoundIndex.build(model, args.audio, folder)
+    print(f"{len(index.names):,} files; index in {folder}", file=sys.stderr)
+    faults = {name: file.fault for name, file in index.files.items() if file.fault}
+    if faults:
+        said = f"{len(faults):,} could not be read, or not to their end; --list-faults lists them"
+        print(said, file=sys.stderr)
+    if args.list_faults:
+        for name, fault in faults.items():
+            print(printable(f"{name}: {fault}"))
+    elif server:
+        server.answer = lambda sentence: answer(index, args.top, args.by, sentence)
+        print(f"http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
+    elif given := args.like or args.sentence:
+        find = index.search_like if args.like else index.search
+        show(str(given), find(given, args.top, args.by), index.root, args.json)
+    else:
+        sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8 are no word
+        if sys.stdin.isatty():
+            print("Type a sentence, then another; Ctrl-D ends it.", file=sys.stderr)
+        for query in sys.stdin:
+            try:
+                matches = index.search(query, args.top, args.by)
+                show(query.strip(), matches, index.root, args.json)
+            except InputError as error:
+                print(error, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,66 +1,37 @@
-"""The one training loop, for both stages (report, section 2; the rest as in the baseline).
+"""Around the loop in train.py: learning rate, processes, signals, and what a run leaves on disk.
 
-schedule -> loop. A script hands in the loss; a step's gradient is in step.py.
+    runs/NAME/log.jsonl   first line: every setting; then a JSON object per step interval and epoch
+    runs/NAME/last.pt     the state of the run: loadable as a model, and all that resuming needs
+    runs/NAME/best.pt     the model of the best epoch by validation mAP@10
+    runs/NAME/curves.svg  losses, learning rate and validation mAP@10
 """
 
-import copy
-import dataclasses
+import contextlib
+import datetime
+import json
 import math
+import os
 import signal
-import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
-from tqdm import tqdm
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from dualenc import InputError, stop_signals
-from dualenc.checkpoints import check_shapes, load_strictly
-from dualenc.config import TAU_BOUNDS
-from dualenc.data import Batch, PairBatches
-from dualenc.figures import write_curves
-from dualenc.model import DualEncoder
-from dualenc.processes import Processes
-from dualenc.runs import Run
-from dualenc.step import ADVICE, STOPPED, Loss, Losses, step_gradients
-from dualenc.workers import load, lost_workers_are_named
+from dualenc.errors import InputError, replacing
 
-Validate = Callable[[DualEncoder], dict[str, float]]
-SELECTION_METRIC = "mAP@10"  # best.pt is the epoch with the highest on the validation split
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How to train; the defaults are the report's, or the baseline's where it is silent."""
-
-    epochs: int = 20
-    batch_size: int = 64
-    captions_per_clip: int = 1
-    micro_batch: int | None = None
-    warmup_epochs: float = 1
-    decay_epochs: float = 15
-    max_lr: float = 2e-5
-    min_lr: float = 1e-7
-    weight_decay: float = 0.0
-    seed: int = 0
-    max_steps: int | None = None
-    log_every: int = 10
-    checkpoint_every: int | None = None
-    workers: int = 2
-
-
-# --- Schedule ---
+STOPPED = "stopped, and last.pt is as it was (a lower --max-lr or --precision fp32 may help)"
 
 
 def learning_rate(
-    step: int, steps_per_epoch: int, warmup_epochs: float, decay_epochs: float,
-    max_lr: float, min_lr: float,
+    step: int, steps_per_epoch: int, warmup_epochs: float, decay_epochs: float, max_lr: float,
+    min_lr: float,
 ) -> float:
     """Linear from min_lr to max_lr over the warm-up, a half cosine back to min_lr, then constant.
 
-    Args:
-        step: from 0, counted over the whole run.
-        warmup_epochs, decay_epochs: lengths; the decay begins where the warm-up ends.
+    The step counts from 0 over the whole run; the decay begins where the warm-up ends.
     """
     warmup, decay = warmup_epochs * steps_per_epoch, decay_epochs * steps_per_epoch
     if step < warmup:
@@ -70,211 +41,151 @@ def learning_rate(
     return min_lr
 
 
-# --- The loop ---
+def seed_of(*numbers: int) -> int:
+    """One seed from several numbers, such as those of run, step and process."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
-class Trainer:
-    """A model in training: everything that changes from step to step, and how to go on with it."""
+# --- Processes: one alone, or many that torchrun started ---
 
-    def __init__(
-        self, model: DualEncoder, loss_of: Loss, run: Run, options: Options, processes: Processes
-    ):
-        self.model, self.loss_of, self.run = model, loss_of, run
-        self.options, self.processes = options, processes
-        self.optimizer = torch.optim.AdamW(
-            [p for p in model.parameters() if p.requires_grad], lr=options.min_lr,
-            weight_decay=options.weight_decay, fused=True,
-        )
-        fp16 = model.precision == torch.float16
-        self.scaler = torch.amp.GradScaler(model.device.type, enabled=fp16)
-        self.step, self.best = 0, -1.0
-        self.tau_was_bound = False
-        self.losses = Losses([])
-        self._resume()
+WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+# How long the others wait for the first one, which decodes, embeds with the teachers and validates.
+PATIENCE = datetime.timedelta(hours=12)
 
-    def _resume(self) -> None:
-        state = self.run.load_state()
-        if state is not None:
-            self._take(state)
-        self.run.cut_log(state)
-        if not self.processes.agree(self.run.settings, self.step, self.model.tokenizer.to_str()):
-            raise InputError(
-                f"{self.run.folder}: the processes differ in their settings or find another "
-                "last.pt; give every machine the same command and a folder that all of them share"
-            )
-        self.processes.copy_from_first(self.model)
 
-    def _take(self, state: dict) -> None:
-        load_strictly(self.model, state["model"], self.run.last)
-        try:
-            self._check_moments(state["optimizer"]["state"])
-            # A copy, or the moments would stay where the file is mapped.
-            self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
-            self.scaler.load_state_dict(state["scaler"])
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise InputError(f"{self.run.last}: is not this run's state ({error})") from error
-        self.step, self.best = state["step"], state["best"]
-        self.losses = Losses(state["losses"])
+def start_processes(device: torch.device) -> torch.device:
+    """Join the others, if any; returns this process's own device."""
+    if WORLD > 1 and device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if WORLD > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=PATIENCE)
+    return device
 
-    def _check_moments(self, state: dict[int, dict[str, Tensor]]) -> None:
-        """See that AdamW's moments are there, in their parameters' shapes, before they are copied.
 
-        There are none as long as fp16's scaler skips the first steps.
-        """
-        shapes = [tuple(p.shape) for p in self.optimizer.param_groups[0]["params"]]
-        if state.keys() != set(range(len(shapes))) and (state or not self.scaler.is_enabled()):
-            raise ValueError("its moments are those of other weights")
-        for i, moments in state.items():
-            check_shapes(moments, {"exp_avg": shapes[i], "exp_avg_sq": shapes[i], "step": ()})
+@contextlib.contextmanager
+def first_process_first() -> Iterator[None]:
+    """The first process enters alone, and the others find made what it has made."""
+    if RANK > 0:
+        dist.barrier()
+    yield
+    if RANK == 0 and WORLD > 1:
+        dist.barrier()
 
-    def save(self) -> None:
-        """Write last.pt.
 
-        Raises:
-            InputError: a loss, or a weight after a step whose loss was still finite, is not a
-                finite number; the last.pt before is kept.
-        """
-        losses = self.losses.fetch()
-        if not all(weights.isfinite().all() for weights in self.model.parameters()):
-            raise InputError(
-                f"step {self.step - 1}: it left weights that are not finite numbers; {STOPPED}"
-            )
-        state = {
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "step": self.step,
-            "best": self.best,
-            "losses": losses,
-        }
-        self.run.save_state(self.model.checkpoint(), state)
+def sum_gradients(model: nn.Module) -> None:
+    """Over processes: each has computed the whole batch's loss, and its own rows' gradient."""
+    if WORLD > 1:
+        for work in [dist.all_reduce(p.grad, async_op=True) for p in model.parameters()]:
+            work.wait()
 
-    def fit(self, batches: PairBatches, validate: Validate) -> signal.Signals | None:
-        """Train to the last epoch or step; returns the signal that ended it before, if any.
 
-        An epoch's end: last.pt, validation, best.pt, log, last.pt. A run that ends among these goes
-        on with the validation; that of a part of an epoch (--max-steps) leaves last.pt as it is.
-        """
-        options, per_epoch = self.options, batches.steps_per_epoch
-        total, begun = options.epochs * per_epoch, self.step
-        end = min(total, options.max_steps or total)
-        loader = load(batches, range(begun, end), options.workers, self.model.device)
-        bar = self._progress_bar(batches, end)
-        with stop_signals() as stop, bar, lost_workers_are_named():
-            if self.losses.fetch() and self.step % per_epoch == 0:
-                self._end_epoch(bar, validate, per_epoch)
-            for batch in loader:
-                rate = self._rate(per_epoch)
-                self._train_step(batch, rate)
-                bar.update(len(batch.pair_ids))
-                in_epoch = (self.step - 1) % per_epoch + 1
-                whole = in_epoch == per_epoch
-                if self.step == begun + 1:
-                    self._show(bar, rate, self.losses.mean(1))
-                if in_epoch % options.log_every == 0 or whole:
-                    self._log_interval(bar, rate, per_epoch)
-                stopping = self.processes.highest(stop.requested or 0)
-                due = options.checkpoint_every and self.step % options.checkpoint_every == 0
-                if stopping or due or whole or self.step == end:
-                    self.save()
-                if whole and not stopping:
-                    self._end_epoch(bar, validate, per_epoch)
-                    stopping = self.processes.highest(stop.requested or 0)
-                if stopping:
-                    return signal.Signals(stopping)
-            if self.losses.fetch():  # --max-steps ended it within an epoch: show what it has learnt
-                self._end_epoch(bar, validate, per_epoch)
-        return None
+def stop_signals() -> list[int]:
+    """A list to which the first Ctrl-C or SIGTERM is added; a second one ends the process at once.
 
-    def _rate(self, per_epoch: int) -> float:
-        o = self.options
-        return learning_rate(
-            self.step, per_epoch, o.warmup_epochs, o.decay_epochs, o.max_lr, o.min_lr
-        )
+    Of many processes each would stop at another step: there, the first one does.
+    """
+    received: list[int] = []
 
-    def _train_step(self, batch: Batch, rate: float) -> None:
-        self.model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
-        try:
-            losses = step_gradients(
-                self.model, batch, self.loss_of, self.processes, (self.options.seed, self.step),
-                self.options.micro_batch, self.scaler.scale,
-            )
-        except torch.OutOfMemoryError as error:
-            raise InputError(
-                f"step {self.step}: the GPU's memory is too small for this batch; --micro-batch 8 "
-                "computes the same gradient in less"
-            ) from error
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.model.config.learn_tau:
-            with torch.no_grad():
-                self.model.tau.clamp_(*TAU_BOUNDS)
-            losses["tau"] = self.model.tau.detach().clone()
-        self.losses.add(self.step, losses)
+    def note(number: int, frame) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM) if WORLD == 1 else ():
+        signal.signal(number, note)
+    return received
+
+
+# --- What a run leaves, and how the same command goes on from it ---
+
+FREE = {  # settings that do not change the mathematics, and those of which "data" says more
+    "out", "datasets", "validation", "data_dir", "cache_dir", "device", "workers", "epochs",
+    "max_steps", "save_every", "log_every", "micro_batch",
+}
+
+
+class Run:
+    """A run's folder, and where the run is; an InputError where it holds another one."""
+
+    def __init__(self, folder: Path, settings: dict):
+        self.folder, self.log_path = folder, folder / "log.jsonl"
+        self.last_path, self.best_path = folder / "last.pt", folder / "best.pt"
+        self.step, self.validated = 0, 0  # steps made, and those made when it was last validated
+        self.best = -1.0  # the highest validation mAP@10 so far
+        self.losses: list[dict[str, float]] = []  # of the epoch's steps
+        self.pending: list[dict[str, Tensor]] = []  # on the device until they are wanted
+        new = json.loads(json.dumps(settings, default=str))
+        if not self.log_path.exists():
+            if folder.exists() and any(folder.iterdir()):
+                raise InputError(f"--out {folder}: holds other files than a run's; name another")
+            with replacing(self.log_path) as temporary:
+                temporary.write_text(json.dumps({"settings": new}) + "\n")
+        old = json.loads(self.log_path.read_text().partition("\n")[0])["settings"]
+        changed = [key for key in old | new if key not in FREE and old.get(key) != new.get(key)]
+        faults = [f"--{k.replace('_', '-')}: was {old.get(k)}, now {new.get(k)}" for k in changed]
+        if faults:
+            what = "holds a run with other settings; give its settings, or another --out"
+            raise InputError.of(f"{folder} {what}", faults)
+
+    def resume(self, model: nn.Module, optimizer, scaler) -> None:
+        """Go on from last.pt, if there is one; the log is cut to its step."""
+        if self.last_path.exists():
+            try:
+                saved = torch.load(self.last_path, "cpu", weights_only=True, mmap=True)
+                state = saved["training"]
+                model.load_state_dict(saved["model"])
+                optimizer.load_state_dict(state["optimizer"])
+                scaler.load_state_dict(state["scaler"])
+            except Exception as error:  # torch.load raises whatever its parsers meet
+                raise InputError(f"{self.last_path}: is damaged; name another --out") from error
+            self.step, self.validated = state["step"], state["validated"]
+            self.best, self.losses = state["best"], state["losses"]
+        if RANK == 0:
+            first, *lines = self.log_path.read_text().splitlines(keepends=True)
+            lines = [line for line in lines if line.endswith("\n") and self._past(json.loads(line))]
+            with replacing(self.log_path) as temporary:
+                temporary.write_text("".join([first, *lines]))
+
+    def _past(self, line: dict) -> bool:
+        return line["step"] <= (self.validated if "validation" in line else self.step)
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        """Note the losses of a step that has been made."""
+        self.pending.append({name: value.detach() for name, value in losses.items()})
         self.step += 1
 
-    def _log_interval(self, bar: tqdm, rate: float, per_epoch: int) -> None:
-        in_epoch = len(self.losses.fetch())
-        losses = self.losses.mean((in_epoch - 1) % self.options.log_every + 1)
-        self._show(bar, rate, losses)
-        self._say_if_tau_is_bound(bar)
-        epoch = (self.step - 1) // per_epoch + 1
-        self.run.log(step=self.step, epoch=epoch, lr=rate, **losses)
+    def mean_losses(self, last: int | None = None) -> dict[str, float]:
+        """Over the last so many steps of the epoch, or all; a loss not finite is an InputError."""
+        for step, losses in enumerate(self.pending, start=self.step - len(self.pending)):
+            self.losses.append({name: value.item() for name, value in losses.items()})
+            if not math.isfinite(self.losses[-1]["loss"]):
+                raise InputError(f"step {step}: the loss is {self.losses[-1]['loss']}; {STOPPED}")
+        self.pending = []
+        chosen = self.losses[-last:] if last else self.losses
+        return {name: sum(v[name] for v in chosen) / len(chosen) for name in chosen[0]}
 
-    def _show(self, bar: tqdm, rate: float, losses: dict[str, float]) -> None:
-        bar.set_postfix(loss=f"{losses['loss']:.3f}", lr=f"{rate:.1e}", refresh=False)
+    def log(self, **values) -> None:
+        if RANK == 0:
+            with open(self.log_path, "a") as file:
+                file.write(json.dumps({"step": self.step, **values}) + "\n")
 
-    def _say_if_tau_is_bound(self, bar: tqdm) -> None:
-        """Tell, once, that the temperature wants to be where it may not."""
-        tau = self.losses.fetch()[-1].get("tau")
-        at = [b for b in TAU_BOUNDS if tau is not None and math.isclose(tau, b, rel_tol=1e-6)]
-        if at and self.processes.first and not self.tau_was_bound:
-            bar.write(f"step {self.step}: tau has reached its bound {at[0]:g} and is held there")
-        self.tau_was_bound = self.tau_was_bound or bool(at)
+    def save(self, model: nn.Module, optimizer, scaler) -> None:
+        """Write last.pt, unless a loss, or a weight after a finite loss, is not finite."""
+        if self.pending:
+            self.mean_losses()
+        if not all(weights.isfinite().all() for weights in model.parameters()):
+            raise InputError(f"step {self.step - 1}: its weights are not finite; {STOPPED}")
+        names = ("step", "validated", "best", "losses")
+        training = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        training |= {name: getattr(self, name) for name in names}
+        if RANK == 0:
+            write(model.checkpoint() | {"training": training}, self.last_path)
 
-    def _end_epoch(self, bar: tqdm, validate: Validate, per_epoch: int) -> None:
-        """Validate, and keep the best; after a part of an epoch, where no whole one has a best."""
-        epoch, whole = -(-self.step // per_epoch), self.step % per_epoch == 0
+
+def write(values: dict, path: Path) -> None:
+    with replacing(path) as temporary, open(temporary, "wb") as file:
         try:
-            metrics, losses = validate(self.model), self.losses.mean()
-        except InputError as error:
-            raise InputError(f"epoch {epoch}, after step {self.step}: {error}; {ADVICE}") from error
-        self.losses = Losses([])
-        metric = metrics[SELECTION_METRIC]
-        is_best = metric > self.best if whole else self.best < 0
-        if is_best:
-            self.best = metric
-            self.run.save_best(self.model.checkpoint(), metrics, epoch)
-        self.run.log(step=self.step, epoch=epoch, **losses, validation=metrics)
-        if whole:
-            self.save()
-        bar.set_description_str(self._epoch_shown(per_epoch))
-        if self.processes.first:
-            bar.write(
-                f"epoch {epoch:2}: loss {losses['loss']:.3f}, validation {SELECTION_METRIC} "
-                f"{100 * metric:.2f} %" + (" (best so far)" if is_best else "")
-            )
-            try:
-                write_curves([self.run.folder], self.run.folder / "curves.svg")
-            except InputError as error:  # the run does not depend on it
-                bar.write(str(error))
-
-    def _epoch_shown(self, per_epoch: int) -> str:
-        last = self.options.epochs
-        return f"epoch {min(self.step // per_epoch + 1, last)}/{last}"
-
-    def _progress_bar(self, batches: PairBatches, end: int) -> tqdm:
-        pairs = len(batches.clip_of_pair)
-        per_epoch = batches.steps_per_epoch
-
-        def seen(step: int) -> int:  # an epoch's last batch may be short
-            return pairs * (step // per_epoch) + batches.pairs_per_batch * (step % per_epoch)
-
-        return tqdm(
-            desc=self._epoch_shown(per_epoch), unit="pair",
-            total=seen(end), initial=seen(self.step), disable=not self.processes.first,
-            bar_format="{desc}: {percentage:3.0f}%|{bar:20}| {rate_fmt}, {remaining} left{postfix}",
-            mininterval=0.5 if sys.stderr.isatty() else 10, dynamic_ncols=True,
-        )
+            torch.save(values, file)
+        except RuntimeError as error:  # a full disk is named in the error behind torch's own
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None

@@ -1,202 +1,232 @@
-"""Decoding, segments and PaSST, each against a second route."""
+"""Decoding, resampling and segments against second routes and lengths known beforehand."""
 
+import os
+import tempfile
+from pathlib import Path
+
+import av
 import numpy as np
 import pytest
-import soundfile
 import torch
 import torchaudio
-from hear21passt.models.passt import get_model
-from hear21passt.models.preprocess import AugmentMelSTFT
+from conftest import noise, write_wav
 
-from dualenc import InputError, audio, decoding
+from dualenc import audio
+from dualenc.errors import InputError
 
-
-def tone(seconds, rate, hz=440.0):
-    return (0.5 * np.sin(2 * np.pi * hz * np.arange(int(seconds * rate)) / rate)).astype(np.float32)
-
-
-# --- Decoding ---
+RATE = audio.SAMPLE_RATE
+BARE = {"write_xing": "0", "id3v2_version": "0"}  # an mp3 without Xing frame, as sox writes it
+ID3 = b"ID3\3\0\0\0\0\0\x12TIT2\0\0\0\x08\0\0\3\xe9Info\xe9\xe9"  # a title in no valid encoding
 
 
-@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg", "a.mp3"])
-@pytest.mark.parametrize("rate", [8_000, 44_100])
-def test_formats_rates_and_channels_give_the_same_tone(write_sound, name, rate):
-    left, right = tone(1.5, rate), tone(1.5, rate, 880)
-    waveform = decoding.decode(write_sound(name, np.stack([left, right], 1), rate))
-    assert waveform.dtype == np.float32 and waveform.ndim == 1
-    assert len(waveform) == pytest.approx(48_000, abs=4000)  # mp3 pads
-    wanted = (tone(1.5, 32_000) + tone(1.5, 32_000, 880)) / 2
-    n, edge = 40_000, 4000
-    spectrum = np.abs(np.fft.rfft(waveform[edge:n] * np.hanning(n - edge)))
-    expected = np.abs(np.fft.rfft(wanted[edge:n] * np.hanning(n - edge)))
-    assert np.abs(spectrum - expected).max() < 0.03 * expected.max()
+@pytest.fixture(autouse=True)
+def nothing_on_the_terminal(capfd):
+    yield
+    assert capfd.readouterr() == ("", "")
 
 
-def test_blocks_join_to_what_resampling_at_once_gives(write_sound):
-    samples = np.random.default_rng(0).uniform(-0.5, 0.5, 44_100 * 71 + 1234).astype(np.float32)
-    path = write_sound("long.wav", samples, 44_100, subtype="FLOAT")
-    at_once = torchaudio.functional.resample(torch.from_numpy(samples), 44_100, 32_000).numpy()
-    blocks = list(decoding.decode_blocks(path))
-    assert len(blocks) == 3
-    np.testing.assert_allclose(np.concatenate(blocks), at_once, atol=1e-6)
-    np.testing.assert_array_equal(decoding.decode(path, 50_000), np.concatenate(blocks)[:50_000])
+def tone(seconds: float, rate: int = RATE, hz: float = 440) -> np.ndarray:
+    return (0.5 * np.sin(2 * np.pi * hz * np.arange(round(seconds * rate)) / rate)).astype("f4")
 
 
-def test_int16_files_are_read_exactly(write_sound):
-    samples = np.arange(-32_768, 32_768, dtype=np.int16)
-    path = write_sound("steps.wav", samples)
-    np.testing.assert_array_equal(decoding.to_int16(decoding.decode(path)), samples)
+def level(waveform: np.ndarray, hz: float = 440) -> float:
+    """A tone's amplitude, but for 0.1 s at both ends, where codecs fade (mp3: 5 % softer)."""
+    middle = np.arange(3200, len(waveform) - 3200)
+    return 2 * abs((waveform[middle] * np.exp(-2j * np.pi * hz * middle / RATE)).mean())
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [(None, "No such file"), (b"", "is empty"), (b"hello, not a sound", "cannot be decoded")],
-)
-def test_unreadable_files_are_named_with_the_reason(tmp_path, content, reason):
-    path = tmp_path / "bad.wav"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(InputError, match=f"bad.wav: {reason}"):
-        decoding.decode(path)
+def encoded(form: str, codec: str, waveform, rate: int = RATE, container=None, **options) -> bytes:
+    """(n,) or (n, channels) -> the bytes of a sound file."""
+    planes = np.ascontiguousarray(np.atleast_2d(waveform.T), np.float32)
+    layout = ["mono", "stereo"][len(planes) - 1]
+    with tempfile.NamedTemporaryFile() as target:
+        with av.open(target.name, "w", format=form, options=container or {}) as file:
+            stream = file.add_stream(codec, rate=rate, layout=layout, options=options)
+            frame = av.AudioFrame.from_ndarray(planes, "fltp", layout)
+            frame.sample_rate = rate
+            file.mux(stream.encode(frame))
+            file.mux(stream.encode(None))
+        return Path(target.name).read_bytes()
 
 
-def test_samples_must_be_finite(write_sound):
-    path = write_sound("nan.wav", np.array([0, np.nan, 0], np.float32), subtype="FLOAT")
-    with pytest.raises(InputError, match="nan.wav: holds NaN"):
-        decoding.decode(path)
+FORMS = {
+    "wav": ("wav", "pcm_s16le", RATE), "aiff": ("aiff", "pcm_s16be", 22_050),
+    "w64": ("w64", "pcm_s16le", 8_000), "float": ("wav", "pcm_f32le", 96_000),
+    "odd": ("caf", "pcm_s24le", 44_101), "flac": ("flac", "flac", 44_100),
+    "mp3": ("mp3", "libmp3lame", 44_100), "mpeg2": ("mp3", "libmp3lame", 16_000),
+    "opus": ("ogg", "libopus", 48_000), "webm": ("webm", "libopus", 48_000),
+    "aac": ("adts", "aac", 44_100), "m4a": ("ipod", "aac", RATE),
+}
 
 
-def test_any_sample_rate_needs_little_memory(write_sound):
-    # 44,101 Hz shares no divisor with 32 kHz: an exact filter bank would take 5 GB.
-    waveform = decoding.decode(write_sound("odd.wav", tone(1, 44_101), 44_101))
-    assert len(waveform) == pytest.approx(32_000, abs=2)
+def whole(name: str, channels: int = 1, **container) -> bytes:
+    """5 s of a tone; of two channels the second is an octave higher."""
+    form, codec, rate = FORMS[name]
+    tones = np.stack([tone(5, rate, hz) for hz in (440, 880)[:channels]], axis=1)
+    return encoded(form, codec, tones, rate, container)
 
 
-@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
-@pytest.mark.parametrize("seconds", [0.01, 1, 20])
-def test_an_ogg_file_is_whole_only_with_its_last_page(write_sound, subtype, seconds):
-    options = {"format": "OGG", "subtype": subtype}
-    path = write_sound("a.ogg", tone(seconds, 48_000), 48_000, **options)
-    whole = path.read_bytes()
-    assert len(decoding.decode(path)) == pytest.approx(32_000 * seconds, abs=1000)
-    path.write_bytes(whole + bytes(200))  # such as tags
-    decoding.decode(path)
-    for part in (whole[:-1], whole[: len(whole) * 2 // 3]):
-        path.write_bytes(part)
-        with pytest.raises(InputError, match="is cut off|cannot be decoded"):
-            decoding.decode(path)
+def wav_of_sizes(riff: int, data: int) -> bytes:
+    plain = whole("wav", fflags="+bitexact")
+    riff, data = (size.to_bytes(4, "little") for size in (riff, data))
+    return plain[:4] + riff + plain[8:40] + data + plain[44:]
 
 
-# --- Segments ---
+def load(path: Path, content: bytes) -> tuple[np.ndarray, list[str]]:
+    path.write_bytes(content)
+    return audio.load_audio(path, faults=(faults := [])), faults
+
+
+# --- Sound file -> waveform ---
+
+@pytest.mark.parametrize("name", FORMS)
+def test_any_form_gives_the_mean_over_channels_whatever_the_suffix(name, tmp_path):
+    waveform, faults = load(tmp_path / "a.mp3", whole(name, channels=2))
+    assert waveform.dtype == np.float32 and waveform.ndim == 1 and not faults
+    assert len(waveform) == pytest.approx(5 * RATE, abs=RATE / 10)
+    assert (level(waveform), level(waveform, 880)) == pytest.approx((0.25, 0.25), rel=0.06)
 
 
 @pytest.mark.parametrize(
-    ("samples", "count"),
+    ("make", "seconds"),
     [
-        (1, 1), (3_199, 1), (320_000, 1), (323_199, 1), (323_200, 2), (640_000, 2),
-        (736_000, 3), (960_000, 3), (32_000 * 3600, 360),
+        (lambda: wav_of_sizes(riff=0, data=0), 5),  # a recorder crashed
+        (lambda: wav_of_sizes(riff=320_080, data=320_044), 5),  # the header counts itself
+        (lambda: wav_of_sizes(riff=0xFFFF_FFFF, data=0xFFFF_FFFF), 5),  # a pipe
+        (lambda: whole("flac")[:22] + bytes(4) + whole("flac")[26:], 5),  # a pipe: length not known
+        (lambda: b"OggS\0\0".join(whole("opus").rsplit(b"OggS\0\4", 1)), 5),  # last page not marked
+        (lambda: ID3 + whole("mp3", **BARE), 5.04),
+        (lambda: encoded("mp3", "libmp3lame", np.concatenate([noise(6), noise(6) / 999, tone(1)]),
+                         container=BARE, flags="+qscale", global_quality="472"), 13.04),
+        (lambda: whole("mp3") + whole("mp3"), 10.05),
+        (lambda: whole("mpeg2") + whole("mp3"), 10.1),
+        (lambda: whole("mpeg2", **BARE) + whole("mp3"), 10.1),
+        (lambda: whole("opus") + whole("opus"), 10),  # a chained ogg
     ],
 )
-def test_segment_count(samples, count):
-    assert audio.segment_count(samples) == count
+def test_whole_files_with_odd_headers_are_read_whole(make, seconds, tmp_path):
+    waveform, faults = load(tmp_path / "a.wav", make())
+    assert len(waveform) / RATE == pytest.approx(seconds, abs=0.1) and not faults
+    assert level(waveform[-RATE:]) > 0.2
 
 
-def test_cut_pads_the_last_segment_only():
-    waveform = np.arange(1, 640_000 + 32_001, dtype=np.float32)
+@pytest.mark.parametrize("name", ["wav", "mp3", "flac", "m4a"])
+def test_a_file_that_is_cut_off_gives_what_is_there_and_says_so(name, tmp_path):
+    content = whole(name, **{"movflags": "faststart"} if name == "m4a" else {})
+    waveform, faults = load(tmp_path / "a", content[: len(content) // 3])
+    seconds = len(waveform) / RATE
+    assert 1 < seconds < 2 and level(waveform) == pytest.approx(0.5, rel=0.06)
+    assert faults == [f"is cut off: {seconds:.1f} s of 5.0 s are there"]
+
+
+def test_so_does_one_that_cannot_be_read_to_its_end(tmp_path):
+    waveform, faults = load(tmp_path / "a.ogg", whole("opus") + whole("opus", channels=2))
+    assert len(waveform) >= 5 * RATE and len(faults) == 1 and "to its end" in faults[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: b"", "cannot be read as a sound"),
+        (lambda: b"not a sound " * 50, "cannot be read as a sound"),
+        (lambda: whole("m4a")[:-2000], "cannot be read as a sound"),  # its table was at the end
+        (lambda: wav_of_sizes(riff=36, data=0)[:44], "holds no sound"),
+        (lambda: b"GIF89a" + b"\1\0" * 2 + b"\0\0\0," + b"\0" * 9, "holds no sound"),
+        (lambda: encoded("wav", "pcm_f32le", np.array([0, np.nan] * 99), 8_000), "not finite"),
+    ],
+)
+def test_what_is_no_sound_is_refused_in_one_line_with_its_name(make, reason, tmp_path):
+    with pytest.raises(InputError, match=f"^[^\n]*bad.mp3: [^\n]*{reason}[^\n]*$"):
+        load(tmp_path / "bad.mp3", make())
+
+
+def test_a_name_is_a_files_even_with_a_colon_and_no_pipes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe.wav")  # which would wait for ever
+    for line in ("pipe.wav: is not a file", "none.wav: no such file"):
+        with pytest.raises(InputError, match=line):
+            audio.load_audio(line.partition(":")[0])
+    assert len(audio.load_audio(write_wav(Path("http:a%d.wav"), noise(1)))) == RATE
+
+
+def test_levels_and_channels(tmp_path):
+    mono = audio.load_audio(write_wav(tmp_path / "mono.wav", noise(1)))
+    ten = write_wav(tmp_path / "ten.wav", np.repeat(noise(1)[:, None], 10, axis=1))
+    np.testing.assert_array_equal(audio.load_audio(ten), mono)
+    against = write_wav(tmp_path / "against.wav", np.stack([noise(1), -noise(1)], axis=1))
+    assert np.abs(audio.load_audio(against)).max() < 1e-4
+    assert audio.channel_peak(against) == pytest.approx(np.abs(noise(1)).max(), abs=1e-4)
+    hot, _ = load(tmp_path / "hot.wav", encoded("wav", "pcm_f32le", 8 * tone(1)))
+    np.testing.assert_allclose(hot, 2 * tone(1), atol=1e-5)  # divided by its peak, not clipped
+    assert np.abs(next(audio.stream_audio(tmp_path / "hot.wav"))).max() == pytest.approx(4)
+
+
+def test_int16_is_exact_and_blocks_join_to_the_whole(tmp_path):
+    samples = np.random.default_rng(0).integers(-32_768, 32_768, 61 * RATE + 9, np.int16)
+    path = write_wav(tmp_path / "a.wav", samples / 32_768)
+    waveform, (*blocks, last) = audio.load_audio(path), audio.stream_audio(path)
+    np.testing.assert_array_equal(audio.to_int16(waveform), samples)
+    assert len(blocks) > 1 and all(len(block) % audio.SEGMENT_SAMPLES == 0 for block in blocks)
+    np.testing.assert_array_equal(np.concatenate([*blocks, last]), waveform)
+    np.testing.assert_array_equal(audio.load_audio(path, 500_000), waveform[:500_000])
+    assert audio.to_int16(np.array([-9.0, 9.0])).tolist() == [-32_768, 32_767]
+
+
+# --- Resampling, and what it must not change ---
+
+def kaiser(waveform: np.ndarray, rate: int, to: int) -> np.ndarray:
+    """The second route: torchaudio with a Kaiser window, as good as librosa's soxr."""
+    return torchaudio.functional.resample(
+        torch.from_numpy(waveform), rate, to, lowpass_filter_width=64, rolloff=0.9475937167399596,
+        resampling_method="sinc_interp_kaiser", beta=14.769656459379492,
+    ).numpy()
+
+
+def natural(rate: int) -> np.ndarray:
+    """3 s of noise that falls by 6 dB an octave and swells, as recorders store it."""
+    spectrum = np.fft.rfft(noise(3, rate=96_000)) / np.maximum(np.arange(144_001), 150)
+    swelling = 0.02 + np.abs(np.sin(np.linspace(0, 24, 288_000))) ** 8
+    sound = (np.fft.irfft(spectrum) * swelling).astype(np.float32)
+    return kaiser(0.5 * sound / np.abs(sound).max(), 96_000, rate)
+
+
+@pytest.mark.parametrize("rate", [8_000, 16_000, 22_050, 44_100, 48_000, 96_000])
+def test_resampling_is_as_good_as_a_kaiser_windowed_one(rate, tmp_path):
+    sound = natural(rate)
+    waveform, _ = load(tmp_path / "a.wav", encoded("wav", "pcm_f32le", sound, rate))
+    np.testing.assert_array_equal(audio.resample(sound, rate), waveform)
+    both = np.stack([each[: 3 * RATE - 1] for each in (waveform, kaiser(sound, rate, RATE))])
+    ours, other = audio.LogMel().eval()(torch.from_numpy(both))
+    assert (ours - other).abs().mean() < (0.006 if rate < RATE else 0.0005)
+
+
+def test_copies_in_any_form_embed_alike_and_10_ms_more_change_nothing(tmp_path, tiny_model):
+    for sound in (lambda rate: tone(3, rate), natural):
+        paths = [tmp_path / name for name in ("wav", "float", "flac", "opus", "webm", "mp3")]
+        for path in paths:  # of four rates
+            form, codec, rate = FORMS[path.name]
+            path.write_bytes(encoded(form, codec, sound(rate), rate, b="192000"))
+        assert (tiny_model.embed_audio(paths) @ tiny_model.embed_audio(paths[0]).T).min() > 0.999
+    longer, exact = tiny_model.embed_audio([noise(10.01), noise(10.01)[: 10 * RATE]])
+    assert longer @ exact > 0.9999
+
+
+# --- Waveform -> segments ---
+
+@pytest.mark.parametrize(
+    ("samples", "count"), [(1, 1), (3_199, 1), (323_199, 1), (323_200, 2), (3_520_000, 11)]
+)
+def test_cut_pads_the_last_segment_only_and_drops_a_short_remainder(samples, count):
+    waveform = np.random.default_rng(0).integers(1, 9, samples, np.int16)
     segments = audio.cut(waveform)
-    assert segments.shape == (3, 320_000)
-    np.testing.assert_array_equal(segments.reshape(-1)[: len(waveform)], waveform)
-    assert not segments.reshape(-1)[len(waveform) :].any()
-
-
-def test_a_short_remainder_is_dropped():
-    waveform = np.ones(320_000 + 3_199, np.int16)
-    np.testing.assert_array_equal(audio.cut(waveform), np.ones((1, 320_000), np.int16))
+    assert segments.shape == (count, 320_000) and segments.dtype == np.int16
+    kept = waveform[: count * 320_000]
+    np.testing.assert_array_equal(segments.reshape(-1)[: len(kept)], kept)
+    assert not segments.reshape(-1)[len(kept) :].any()
 
 
 def test_crop_takes_30_s_at_random_only_with_a_generator():
-    waveform = np.arange(1_000_000)
+    waveform, rng = np.arange(960_002, dtype=np.int32), np.random.default_rng(0)
+    crops = np.stack([audio.crop(waveform, rng) for _ in range(20)])
+    assert set(crops[:, 0]) == {0, 1, 2} and crops.shape == (20, 960_000)
     assert audio.crop(waveform)[[0, -1]].tolist() == [0, 959_999]
-    starts = {int(audio.crop(waveform, np.random.default_rng(s))[0]) for s in range(20)}
-    assert len(starts) > 15 and max(starts) <= 40_000
-    assert len(audio.crop(waveform, np.random.default_rng(0))) == 960_000
-    short = np.arange(960_000)
-    assert audio.crop(short, np.random.default_rng(0)) is short
-
-
-# --- Log-mel and PaSST ---
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_log_mel_equals_hear21passts(training, capsys):
-    theirs = AugmentMelSTFT(
-        n_mels=128, sr=32_000, win_length=800, hopsize=320, n_fft=1024, freqm=0, timem=0,
-        htk=False, fmin=0.0, fmax=None, norm=1, fmin_aug_range=10, fmax_aug_range=2000,
-    ).train(training)
-    ours = audio.LogMel().train(training)
-    segments = 0.1 * torch.randn(3, 320_000, generator=torch.Generator().manual_seed(0))
-    segments[1, 100_000:] = 0
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        with pytest.warns(FutureWarning):
-            wanted = theirs(segments)
-        torch.manual_seed(seed)
-        torch.testing.assert_close(ours(segments), wanted, rtol=0, atol=1e-4)
-    assert ours(segments).shape == (3, 128, 1000)
-
-
-@pytest.fixture(scope="module")
-def report_tower():
-    torch.manual_seed(0)
-    tower = audio.AudioTower(768, 2, 12, (16, 16), (2, 15))
-    return tower.eval()
-
-
-def test_passt_equals_hear21passts_and_prints_nothing(report_tower, capsys):
-    capsys.readouterr()
-    segments = 0.1 * torch.randn(2, 320_000, generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
-        features = report_tower(segments)
-    printed = capsys.readouterr()
-    assert printed.out == printed.err == ""
-
-    theirs = get_model(
-        "passt_s_p16_s16_128_ap468", pretrained=False, fstride=16, tstride=16, input_tdim=1000,
-        s_patchout_t=15, s_patchout_f=2,
-    ).eval()
-    theirs.blocks = theirs.blocks[:2]  # two of the twelve will do
-    own = {k: v for k, v in theirs.state_dict().items() if k not in audio.CLASSIFIER_KEYS}
-    assert own.keys() == report_tower.passt.state_dict().keys()
-    theirs.load_state_dict(report_tower.passt.state_dict() | theirs_heads(theirs))
-    with torch.inference_mode():
-        wanted = theirs(report_tower.mel(segments).unsqueeze(1))[1]
-    torch.testing.assert_close(features, wanted, rtol=0, atol=1e-5)
-
-
-def theirs_heads(model):
-    return {k: v for k, v in model.state_dict().items() if k in audio.CLASSIFIER_KEYS}
-
-
-def test_patchout_leaves_47_by_6_patches_in_training_only(report_tower):
-    lengths = []
-    hook = report_tower.passt.blocks[0].register_forward_hook(
-        lambda module, inputs, output: lengths.append(output.shape[1])
-    )
-    with torch.inference_mode():
-        report_tower(torch.zeros(1, 320_000))
-        report_tower.train()(torch.zeros(1, 320_000))
-    report_tower.eval()
-    hook.remove()
-    assert lengths == [2 + 8 * 62, 2 + 6 * 47]
-
-
-def test_int16_segments_are_scaled_to_one(report_tower):
-    segments = torch.randint(-3000, 3000, (1, 320_000), dtype=torch.int16)
-    with torch.inference_mode():
-        torch.testing.assert_close(report_tower(segments), report_tower(segments.float() / 32_768))
-
-
-def test_soundfile_reads_every_suffix_that_is_looked_for():
-    readable = {f".{name.lower()}" for name in soundfile.available_formats()}
-    readable |= {".oga", ".opus", ".aif"}  # other names for ogg and aiff
-    assert readable >= decoding.AUDIO_SUFFIXES

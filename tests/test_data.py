@@ -1,348 +1,239 @@
-"""From folders on disk to batches."""
+"""What lies on disk -> splits -> waveforms -> batches, and what is said where it does not fit."""
 
-import csv
-import fcntl
 import os
-import shutil
-import time
-from collections import Counter
+import sys
+import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
-import torch
-from torch.utils.data import DataLoader
+from conftest import CAPTIONS, noise, write_csv, write_folder, write_wav
 
-from dualenc import InputError
-from dualenc.audio import cut
-from dualenc.cache import open_cache
-from dualenc.data import PairBatches
-from dualenc.decoding import decode, decode_blocks, to_int16
-from dualenc.layouts import Clip, Split, hold_out, read_split, training_splits
-from dualenc.sounds import embed_files
+from dualenc import data
+from dualenc.audio import SEGMENT_SAMPLES, load_audio, to_int16
+from dualenc.data import PairBatches, decode, read_split, training_splits, was_seen
+from dualenc.errors import InputError
+from dualenc.text import train_bpe
+
+CLOTHO = ["file_name", *(f"caption_{i}" for i in range(1, 6))]
+AUDIOCAPS = ["audiocap_id", "youtube_id", "start_time", "caption"]
 
 
-def rows(path):
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+def touch(*paths: Path) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
 
 
 # --- Layouts ---
 
 
-def test_clotho_as_aac_datasets_writes_it(miniature):
-    split = read_split("clotho", "train", miniature)
-    table = rows(miniature / "CLOTHO_v2.1/clotho_csv_files/clotho_captions_development.csv")
-    assert split.name == "clotho/development" and split.layout == "aac-datasets"
-    assert [clip.name for clip in split.clips] == [row["file_name"] for row in table]
-    for clip, row in zip(split.clips, table, strict=True):
-        assert list(clip.captions) == [row[f"caption_{i}"] for i in range(1, 6)]
-        assert clip.path.is_file()
-    assert split.clip_of_caption == [i for i in range(10) for _ in range(5)]
+@pytest.mark.parametrize("root", ["CLOTHO_v2.1", "clotho", "."])
+@pytest.mark.parametrize(("table", "folder"), [
+    ("clotho_csv_files/clotho_captions_evaluation.csv", "clotho_audio_files/evaluation"),
+    ("clotho_captions_evaluation.csv", "evaluation"),
+    ("csv_files/test.csv", "waveforms/test"),
+])
+def test_clotho(tmp_path, root, table, folder):
+    rows = [["a b.wav", *"12345"], ["c.wav", *"67890"], ["gone.wav", *"abcde"]]
+    write_csv(tmp_path / root / table, CLOTHO, rows)
+    touch(*(tmp_path / root / folder / name for name in ("a b.wav", "c.wav")))
+    split = read_split("clotho", "test", tmp_path)
+    assert split.name == "clotho/evaluation" and split.missing == ["gone.wav"]
+    assert [clip.captions for clip in split.clips] == [tuple("12345"), tuple("67890")]
+    assert split.clip_of_caption == [0] * 5 + [1] * 5 and "1 more are not on disk" in str(split)
 
 
-def test_flat_layouts_read_the_same(miniature, tmp_path):
-    clotho, audiocaps = miniature / "CLOTHO_v2.1", miniature / "AUDIOCAPS"
-    for split in ("development", "validation"):
-        shutil.copytree(clotho / "clotho_audio_files" / split, tmp_path / split)
-        shutil.copy(clotho / f"clotho_csv_files/clotho_captions_{split}.csv", tmp_path)
-    shutil.copytree(audiocaps / "audio_32000Hz/val", tmp_path / "audiocaps/val")
-    shutil.copy(audiocaps / "csv_files_v1/val.csv", tmp_path / "audiocaps")
-    for dataset, split in (("clotho", "train"), ("clotho", "val"), ("audiocaps", "val")):
-        flat, nested = read_split(dataset, split, tmp_path), read_split(dataset, split, miniature)
-        assert flat.layout == "flat"
-        assert [(c.name, c.captions) for c in flat.clips] == [
-            (c.name, c.captions) for c in nested.clips
-        ]
-
-
-def test_two_layouts_at_once_are_an_error_that_names_both(miniature, tmp_path):
-    shutil.copytree(miniature / "CLOTHO_v2.1", tmp_path / "CLOTHO_v2.1")
-    shutil.copytree(miniature / "CLOTHO_v2.1", tmp_path / "clotho")
-    with pytest.raises(InputError, match="CLOTHO_v2.1/.* and .*/clotho/.*keep one"):
-        read_split("clotho", "train", tmp_path)
-
-
-def test_audiocaps_rows_of_one_clip_belong_together_and_missing_clips_are_counted(
-    miniature, tmp_path
-):
-    shutil.copytree(miniature / "AUDIOCAPS", tmp_path / "AUDIOCAPS")
-    table = rows(tmp_path / "AUDIOCAPS/csv_files_v1/test.csv")
-    wanted = {}
-    for row in table:
-        wanted.setdefault(f"{row['youtube_id']}_{row['start_time']}", []).append(row["caption"])
+@pytest.mark.parametrize(("table", "folder"), [
+    ("AUDIOCAPS/csv_files_v1/test.csv", "AUDIOCAPS/audio_32000Hz/test"),
+    ("audiocaps/test.csv", "audiocaps/test"),
+    ("AUDIOCAPS/csv_files_v2/test.csv", "AUDIOCAPS/audio_32000Hz/test"),  # AudioCaps 2.0 alone
+])
+@pytest.mark.parametrize("name", ["xyz_30", "xyz_30_40", "Yxyz", "xyz", "72"])
+def test_audiocaps(tmp_path, table, folder, name):
+    rows = [["71", "xyz", "30", "a dog"], ["72", "xyz", "30", "it barks"]]
+    write_csv(tmp_path / table, AUDIOCAPS, [*rows, ["73", "no", "0", "rain"]])
+    touch(tmp_path / folder / f"{name}.mp3")
     split = read_split("audiocaps", "test", tmp_path)
-    assert {clip.path.stem: list(clip.captions) for clip in split.clips} == wanted
-    split.clips[0].path.unlink()
-    found = read_split("audiocaps", "test", tmp_path)
-    assert len(found.clips) == 1 and found.missing == [split.clips[0].path.stem]
+    (clip,) = split.clips
+    assert clip.path.name == f"{name}.mp3" and clip.captions == ("a dog", "it barks")
+    assert len(split.missing) == 1 and table in str(split)
 
 
-def test_stage_1_merges_audiocaps_three_splits(miniature):
-    names = [split.name for split in training_splits("audiocaps", miniature)]
-    assert names == ["audiocaps/train", "audiocaps/val", "audiocaps/test"]
-    assert [s.name for s in training_splits("clotho", miniature)] == ["clotho/development"]
+def test_stage_1_merges_audiocaps_and_clotho_validates(tmp_path):
+    for part in ("train", "val", "test"):
+        write_csv(tmp_path / f"AUDIOCAPS/{part}.csv", AUDIOCAPS, [["1", part, "0", "a dog"]])
+        touch(tmp_path / f"AUDIOCAPS/{part}/{part}_0.wav")
+        name = data.SPLITS[part]
+        write_csv(tmp_path / f"clotho_captions_{name}.csv", CLOTHO, [["a.wav", *"12345"]])
+        touch(tmp_path / name / "a.wav")
+    splits, held_out = training_splits(["clotho", "audiocaps"], None, tmp_path)
+    names = ["clotho/development", "audiocaps/train", "audiocaps/val", "audiocaps/test"]
+    assert [split.name for split in splits] == names and held_out.name == "clotho/validation"
+    for datasets, validation in ((["clotho", "clotho"], None), (["audiocaps"], "audiocaps")):
+        with pytest.raises(InputError, match="--datasets"):
+            training_splits(datasets, validation, tmp_path)
 
 
-def test_a_folder_with_captions_csv(tmp_path):
-    for name in ("a.wav", "sub/b.wav"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        soundfile.write(tmp_path / name, np.ones(100), 32_000)
-    (tmp_path / "captions.csv").write_text(
-        "file_name,caption\na.wav,one\nsub/b.wav,\"two, three\"\na.wav,four\n"
-    )
-    split = read_split(str(tmp_path), "train", tmp_path)
-    assert [(c.name, c.captions) for c in split.clips] == [
-        ("a.wav", ("one", "four")), ("sub/b.wav", ("two, three",)),
-    ]
-    (tmp_path / "captions.csv").write_text("file_name,caption_1,caption_2\na.wav,one,two\n")
-    assert read_split(str(tmp_path), "train", tmp_path).captions == ["one", "two"]
+# --- Folders of one's own ---
 
 
-def test_hold_out_keeps_every_clip_once(miniature):
-    split = read_split("clotho", "train", miniature)
-    train, held = hold_out(split, share=0.3)
-    assert len(held.clips) == 3 and len(train.clips) == 7
-    assert {c.name for c in train.clips + held.clips} == {c.name for c in split.clips}
-    assert train.file_stem != held.file_stem
+@pytest.mark.parametrize(("clips", "held"), [(2, 1), (12, 6), (19, 9), (20, 10), (300, 30)])
+def test_what_is_held_out_of_a_folder(tmp_path, clips, held):
+    write_csv(tmp_path / "captions.csv", ["file_name", "caption"], [[f"{i}.wav", f"c{i}"]
+                                                                    for i in range(clips)])
+    touch(*(tmp_path / f"{i}.wav" for i in range(clips)))
+    (train,), val = training_splits([str(tmp_path)], None, tmp_path)
+    assert len(val.clips) == held and len(train.clips) == clips - held
+    assert not {clip.name for clip in val.clips} & {clip.name for clip in train.clips}
 
 
-# --- Cache ---
+def test_a_folder_is_known_by_its_contents(tmp_path):
+    folder = write_folder(tmp_path / "mine", 3)
+    parts = "all", "train", "val"
+    whole, train, val = (read_split(str(folder), part, tmp_path) for part in parts)
+    folder.rename(tmp_path / "elsewhere")
+    moved = [read_split(str(tmp_path / "elsewhere"), part, tmp_path) for part in parts]
+    assert [split.identity for split in moved] == [s.identity for s in (whole, train, val)]
+    assert was_seen(moved[2], [whole.name]) and was_seen(moved[0], [train.name])
+    assert not was_seen(moved[2], [train.name, "clotho/development"])
+    with pytest.raises(InputError, match="no test split"):
+        read_split(str(tmp_path / "elsewhere"), "test", tmp_path)
 
 
-@pytest.fixture
-def clotho(miniature, tmp_path):
-    shutil.copytree(miniature / "CLOTHO_v2.1", tmp_path / "data/CLOTHO_v2.1")
-    return read_split("clotho", "val", tmp_path / "data")
+def test_captions_of_a_folder(tmp_path):
+    rows = [["a.wav", "one", ""], ["sub\\b.wav", "two", "three"], ["a.wav", "four", " "],
+            [unicodedata.normalize("NFD", "Tür.wav"), "five", ""]]
+    write_csv(tmp_path / "captions.csv", ["file_name", "caption_1", "caption_2"], rows)
+    touch(tmp_path / "a.wav", tmp_path / "sub" / "b.wav",
+          tmp_path / unicodedata.normalize("NFC", "Tür.wav"))
+    split = read_split(str(tmp_path), "all", tmp_path)
+    assert [clip.captions for clip in split.clips] == [("one", "four"), ("two", "three"), ("five",)]
 
 
-def test_the_cache_holds_what_decoding_gives(clotho, tmp_path):
-    for processes in (1, 2):
-        cache = open_cache(clotho, tmp_path / f"cache{processes}", processes)
-        assert len(cache) == len(clotho.clips)
-        for clip, waveform in zip(clotho.clips, cache, strict=True):
-            np.testing.assert_array_equal(waveform, to_int16(decode(clip.path)))
+@pytest.mark.parametrize(("text", "says"), [
+    (b"file_name;caption\na.wav;rain\n", r"its first line is 'file_name;caption'"),
+    (b"\xff\xfef\x00i\x00\n", r"UTF-8.*first line is"),
+    (b"file_name,caption\na.wav,\xe9t\xe9\n", r"UTF-8.*can't decode"),
+    (b"file_name,caption\na.wav,rain\nb.wav\n", r"first line: line 3"),
+    (b"file_name,caption\n", r"there are none"),
+    (b"file_name,caption\na.wav,\n", r"no caption.*a\.wav"),
+    (b"file\x1b[2Jname\n", r"first line is 'file\\x1b\[2Jname'|\\\\x1b"),
+])
+def test_faults_of_a_csv(tmp_path, text, says):
+    (tmp_path / "captions.csv").write_bytes(text)
+    with pytest.raises(InputError, match=says) as error:
+        read_split(str(tmp_path), "all", tmp_path)
+    assert "\x1b" not in str(error.value)
 
 
-def test_the_cache_is_built_once_and_again_only_for_changed_files(clotho, tmp_path, monkeypatch):
-    folder = tmp_path / "cache"
-    open_cache(clotho, folder)
-    first = sorted(path.name for path in folder.iterdir())
-    decoded = tmp_path / "decoded.txt"
-
-    def counting(path):
-        with open(decoded, "a") as file:  # workers are other processes
-            file.write(f"{path.name}\n")
-        return decode_blocks(path)
-
-    monkeypatch.setattr("dualenc.cache.decode_blocks", counting)
-    open_cache(clotho, folder)
-    assert not decoded.exists() and sorted(p.name for p in folder.iterdir()) == first
-
-    changed = clotho.clips[2].path
-    soundfile.write(changed, np.full(8000, 0.25), 16_000)
-    cache = open_cache(clotho, folder)
-    assert decoded.read_text().splitlines() == [changed.name]
-    assert len(cache[2]) == 16_000 and len(list(folder.iterdir())) == 2
-    for clip, waveform in zip(clotho.clips, cache, strict=True):
-        np.testing.assert_array_equal(waveform, to_int16(decode(clip.path)))
+def test_sounds_that_are_not_there(tmp_path):
+    write_csv(tmp_path / "captions.csv", ["file_name", "caption"], [["gone.wav", "rain"]])
+    touch(tmp_path / "there.wav")
+    with pytest.raises(InputError, match=r"looked for gone\.wav.*there is there\.wav"):
+        read_split(str(tmp_path), "all", tmp_path)
+    with pytest.raises(InputError, match=r"no clotho here: looked for .*clotho_captions_eval"):
+        read_split("clotho", "test", tmp_path)
 
 
-def test_unusable_files_are_listed_together_and_the_others_stay_decoded(clotho, tmp_path):
-    good = [to_int16(decode(clip.path)) for clip in clotho.clips]
-    for i, content in ((0, b""), (3, b"not a sound")):
-        clotho.clips[i].path.write_bytes(content)
+# --- Waveforms ---
+
+
+def test_a_sound_is_decoded_once_and_again_when_it_changes(tmp_path, monkeypatch):
+    folder, decoded = write_folder(tmp_path / "mine", 3), []
+    monkeypatch.setattr(data, "load_audio", lambda p, **k: decoded.append(p) or load_audio(p, **k))
+    split = read_split(str(folder), "all", tmp_path)
+    for _ in range(2):
+        decode([split, split], tmp_path / "cache")
+    assert len(decoded) == 3 and split.waveforms[1].dtype == np.int16
+    np.testing.assert_array_equal(split.waveforms[1], to_int16(load_audio(folder / "1.wav")))
+    write_wav(folder / "1.wav", noise(2.0))
+    decode([split], tmp_path / "cache")
+    assert len(decoded) == 4 and len(split.waveforms[1]) == 64_000
+
+
+def test_all_sounds_that_cannot_be_used_are_listed(tmp_path):
+    folder = write_folder(tmp_path / "mine", 4)
+    (folder / "0.wav").write_bytes(b"no sound")
+    whole = (folder / "2.wav").read_bytes()
+    (folder / "2.wav").write_bytes(whole[: len(whole) // 3])  # cut off, and its header says so
     with pytest.raises(InputError) as error:
-        open_cache(clotho, tmp_path / "cache")
-    message = str(error.value)
-    assert clotho.clips[0].name in message and clotho.clips[3].name in message and "(2)" in message
-    assert len(list((tmp_path / "cache").iterdir())) == 2  # samples of the others, and their index
-    for i in (0, 3):
-        soundfile.write(clotho.clips[i].path, good[i], 32_000)
-    cache = open_cache(clotho, tmp_path / "cache")
-    assert [len(waveform) for waveform in cache] == [len(waveform) for waveform in good]
-    np.testing.assert_array_equal(cache[3], good[3])
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+        decode([read_split(str(folder), "all", tmp_path)], tmp_path / "cache")
+    assert "(2):" in str(error.value) and "0.wav: cannot be read" in str(error.value)
+    assert "2.wav: is cut off: 0.3 s of 1.0 s" in str(error.value)
 
 
-def test_a_damaged_cache_is_built_again(clotho, tmp_path):
-    folder = tmp_path / "cache"
-    open_cache(clotho, folder)
-    samples = next(folder.glob("*.int16"))
-    os.truncate(samples, 100)
-    cache = open_cache(clotho, folder)
-    np.testing.assert_array_equal(cache[0], to_int16(decode(clotho.clips[0].path)))
-
-
-def test_a_decoding_process_that_is_killed_ends_the_build_with_one_line(
-    clotho, tmp_path, monkeypatch
-):
-    def killed(path):
-        if path == clotho.clips[2].path:
-            os.kill(os.getpid(), 9)
-        return decode_blocks(path)
-
-    monkeypatch.setattr("dualenc.cache.decode_blocks", killed)
-    with pytest.raises(InputError, match="^a process that decodes .* the same command tries again"):
-        open_cache(clotho, tmp_path / "cache", processes=2)
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-@pytest.mark.parametrize("i", [1, 3])
-def test_of_a_file_that_is_faulty_further_on_nothing_is_kept(clotho, tmp_path, i):
-    samples = np.zeros(16_000 * 70, np.float32)
-    samples[-1] = np.nan
-    soundfile.write(clotho.clips[i].path, samples, 16_000, format="WAV", subtype="FLOAT")
-    with pytest.raises(InputError, match="holds NaN"):
-        open_cache(clotho, tmp_path / "cache")
-    soundfile.write(clotho.clips[i].path, samples[:8_000], 16_000, format="WAV")
-    cache = open_cache(clotho, tmp_path / "cache")
-    for clip, waveform in zip(clotho.clips, cache, strict=True):
-        np.testing.assert_array_equal(waveform, to_int16(decode(clip.path)))
-    assert cache.samples.nbytes == 2 * sum(map(len, cache))
-
-
-def test_others_wait_for_a_file_that_takes_long(miniature, tmp_path, monkeypatch):
-    split = read_split("clotho", "train", miniature)
-    first, begun = split.clips[0].path, tmp_path / "begun"
-    begun.mkdir()
-
-    def slow(path):
-        if path == first:
-            time.sleep(0.5)
-            (tmp_path / "count").write_text(str(len(list(begun.iterdir()))))
-        (begun / path.name).touch()
-        return decode_blocks(path)
-
-    monkeypatch.setattr("dualenc.cache.decode_blocks", slow)
-    assert len(open_cache(split, tmp_path / "cache", processes=2)) == 10
-    assert 0 < int((tmp_path / "count").read_text()) <= 1
-
-
-def test_what_a_killed_build_left_is_removed_unless_it_is_still_being_written(clotho, tmp_path):
-    folder = tmp_path / "cache"
-    folder.mkdir()
-    left, busy, other = (
-        folder / f".{name}.0123.int16.4567.tmp"
-        for name in ("clotho-validation", "clotho-validation.89ab", "clotho-evaluation")
-    )
-    for path in (left, busy, other):
-        path.write_bytes(bytes(8))
-    with open(busy, "rb+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        open_cache(clotho, folder)
-        assert not left.exists() and busy.exists() and other.exists()
-    open_cache(clotho, folder)  # also where there is nothing to build
-    assert not busy.exists() and other.exists()
-
-
-@pytest.mark.parametrize("level", [1e-4, 0.1, 3.0])
-def test_a_file_its_cache_and_the_search_embed_alike(level, write_sound, tiny, tmp_path):
-    samples = level * np.random.default_rng(0).standard_normal(44_100 * 12)
-    path = write_sound("a.wav", samples, 44_100, subtype="FLOAT")
-    (cached,) = open_cache(Split("a", [Clip("a.wav", path, ("a",))], [], "folder"), tmp_path)
-    assert torch.equal(tiny.embed_audio([path]), tiny.embed_audio([cached]))
-    (found,) = embed_files(tiny, [path])
-    wanted = torch.nn.functional.normalize(tiny.embed_segments([cut(cached)]), dim=1)
-    assert torch.equal(torch.from_numpy(found.segments), wanted)
+def test_check(tmp_path, monkeypatch, capsys):
+    folder = write_folder(tmp_path / "mine", 6)
+    (folder / "0.wav").write_bytes(b"no sound")
+    whole = (folder / "1.wav").read_bytes()
+    (folder / "1.wav").write_bytes(whole[: len(whole) // 2])
+    write_wav(folder / "2.wav", np.zeros(32_000))
+    write_wav(folder / "3.wav", np.stack([noise(1.0), -noise(1.0)], axis=1))
+    write_wav(folder / "4.wav", noise(0.1))
+    os.remove(folder / "5.wav")
+    monkeypatch.setattr(sys, "argv", ["data.py", "check", str(folder)])
+    assert data.main() == 1
+    out = capsys.readouterr().out
+    for fault in ("5.wav: missing", "0.wav: cannot be read", "1.wav: is cut off", "2.wav: silent",
+                  "3.wav: channels cancel", "4.wav: 0.100 s is too short", "6 faults"):
+        assert fault in out
 
 
 # --- Batches ---
 
 
 @pytest.fixture(scope="module")
-def pairs(miniature, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cache")
-    splits = [read_split("clotho", "train", miniature), *training_splits("audiocaps", miniature)]
-    return [(split, open_cache(split, folder)) for split in splits]
+def split(tmp_path_factory):
+    folder = write_folder(tmp_path_factory.mktemp("mine"), clips=7, captions=3)
+    found = read_split(str(folder), "all", folder)
+    decode([found], folder / "cache")
+    return found
 
 
-@pytest.fixture(scope="module")
-def tokenizer(pairs):
-    from dualenc.text import train_tokenizer
-
-    return train_tokenizer([c for split, _ in pairs for c in split.captions], 400)
-
-
-def whole_epoch(batches, epoch):
-    n = batches.steps_per_epoch
-    return [batches[step] for step in range(epoch * n, (epoch + 1) * n)]
-
-
-@pytest.mark.parametrize("per_clip", [1, 2, 5])
-def test_an_epoch_shows_every_pair_once_in_a_new_order(pairs, tokenizer, per_clip):
-    batches = PairBatches(pairs, tokenizer, 16, per_clip, seed=3)
-    total = sum(len(split.captions) for split, _ in pairs)
-    orders = []
-    for epoch in (0, 1):
-        found = torch.cat([batch.pair_ids for batch in whole_epoch(batches, epoch)])
-        assert sorted(found.tolist()) == list(range(total))
-        orders.append(found.tolist())
-    assert orders[0] != orders[1]
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_an_epoch_shows_every_pair_once_and_drops_the_rest(split, k):
+    batches = PairBatches([split], train_bpe(CAPTIONS, 1000), 4, k, seed=1)
+    assert len(batches) == 5  # of 21 pairs
+    orders = [batches.order(epoch)[0].tolist() for epoch in (0, 1)]
+    assert sorted(orders[0]) == list(range(21)) == sorted(orders[1]) and orders[0] != orders[1]
+    assert orders[0] != PairBatches([split], None, 4, k, seed=2).order(0)[0].tolist()
+    pairs, leaders = batches.order(0)
+    assert np.bincount(leaders).max() == k  # so many captions stand together
+    for start in np.flatnonzero(np.append(True, leaders[1:] != leaders[:-1])):
+        assert pairs[start] == leaders[start]
+    shown = [batches[step].pair_ids.tolist() for step in range(5)]
+    assert sum(shown, []) == orders[0][:20]
 
 
-def test_captions_are_drawn_together_and_their_clip_encoded_once(pairs, tokenizer):
-    batches = PairBatches(pairs, tokenizer, 16, captions_per_clip=5, seed=0)
-    for batch in whole_epoch(batches, 0):
-        clips = batch.clip_ids.tolist()
-        assert len(batch.counts) == len(set(clips)) <= 3
-        own = [clips[batch.clip_of_pair.tolist().index(i)] for i in range(len(batch.counts))]
-        assert [own[i] for i in batch.clip_of_pair] == clips
+def test_shares_are_the_parts_of_one_batch(split):
+    tokenizer = train_bpe(split.captions, 1000)
+    whole = PairBatches([split], tokenizer, 6, 2)[3]
+    parts = [PairBatches([split], tokenizer, 6, 2, rank=rank, world=2)[3] for rank in (0, 1)]
+    for part in parts:
+        assert part.pair_ids.tolist() == whole.pair_ids.tolist() and len(part.tokens) == 3
+    rows = [p.segments[p.clip_of_pair] for p in parts]  # clips of one segment
+    np.testing.assert_array_equal(np.concatenate(rows), whole.segments[whole.clip_of_pair])
+    pieces = list(whole.split(4))
+    rows = [p.segments[p.clip_of_pair] for p in pieces]
+    np.testing.assert_array_equal(np.concatenate(rows), whole.segments[whole.clip_of_pair])
+    assert [len(piece.tokens) for piece in pieces] == [4, 2]
 
 
-def test_a_batch_holds_its_pairs_clips_and_captions(pairs, tokenizer):
-    from dualenc.text import tokenize
-
-    clips = [(clip, cache[i]) for split, cache in pairs for i, clip in enumerate(split.clips)]
-    captions = [caption for clip, _ in clips for caption in clip.captions]
-    batch = PairBatches(pairs, tokenizer, 16, seed=1)[2]
-    segments = [cut(clips[c][1]) for c in batch.clip_ids.tolist()]
-    assert batch.counts.tolist() == [len(s) for s in segments]
-    np.testing.assert_array_equal(batch.segments.numpy(), np.concatenate(segments))
-    wanted = [captions[p] for p in batch.pair_ids.tolist()]
-    assert torch.equal(batch.tokens, tokenize(tokenizer, wanted))
-
-
-def test_workers_and_resumed_runs_see_the_same_batches(pairs, tokenizer):
-    batches = PairBatches(pairs, tokenizer, 16, seed=5)
-    wanted = [batches[step] for step in range(3, 8)]
-    fresh = PairBatches(pairs, tokenizer, 16, seed=5)
-    loader = DataLoader(fresh, batch_size=None, sampler=range(3, 8), num_workers=2)
-    for ours, theirs in zip(wanted, loader, strict=True):
-        for name, value in vars(ours).items():
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(getattr(theirs, name)))
+def test_long_clips_are_cropped_anew_in_each_epoch(tmp_path):
+    ramp = np.linspace(-0.9, 0.9, 40 * 32_000, dtype=np.float32)
+    write_wav(tmp_path / "a.wav", ramp)
+    header = ["file_name", "caption_1", "caption_2"]
+    write_csv(tmp_path / "captions.csv", header, [["a.wav", *"xy"]])
+    split = read_split(str(tmp_path), "all", tmp_path)
+    decode([split], tmp_path / "cache")
+    batches = PairBatches([split], train_bpe(CAPTIONS, 1000), 2, captions_per_clip=2)
+    starts = [int(batches[step].segments[0, 0]) for step in range(4)]
+    assert len(set(starts)) == 4 and starts[0] == int(batches[0].segments[0, 0])
+    assert batches[0].segments.shape == (3, SEGMENT_SAMPLES)
 
 
-@pytest.mark.parametrize("per_clip", [1, 3])
-def test_processes_share_the_batch_of_one(pairs, tokenizer, per_clip):
-    alone = PairBatches(pairs, tokenizer, 16, per_clip, seed=2)
-    step = alone.steps_per_epoch - 1  # the last batch is short
-    whole = alone[step]
-    shares = [PairBatches(pairs, tokenizer, 16, per_clip, 2, (rank, 3))[step] for rank in range(3)]
-    assert torch.equal(torch.cat([s.segments for s in shares]), whole.segments)
-    assert [len(s.tokens) for s in shares] == shares[0].sizes == shares[2].sizes
-    for share in shares:
-        assert torch.equal(share.clip_ids, whole.clip_ids)
-        assert torch.equal(share.pair_ids, whole.pair_ids)
-
-
-@pytest.mark.parametrize("per_clip", [1, 3])
-@pytest.mark.parametrize("most", [1, 4, 7, 100])
-def test_pieces_join_to_the_batch(pairs, tokenizer, per_clip, most):
-    batch = PairBatches(pairs, tokenizer, 16, per_clip, seed=2)[0]
-    pieces = batch.pieces(most)
-    assert torch.equal(torch.cat([p.segments for p in pieces]), batch.segments)
-    assert torch.equal(torch.cat([p.tokens for p in pieces]), batch.tokens)
-    assert all(len(p.tokens) <= max(most, per_clip) for p in pieces)
-    offsets = np.cumsum([0] + [len(p.counts) for p in pieces])
-    joined = [p.clip_of_pair + int(o) for p, o in zip(pieces, offsets[:-1], strict=True)]
-    assert torch.equal(torch.cat(joined), batch.clip_of_pair)
-
-
-def test_long_clips_are_cropped_differently_each_epoch(tokenizer):
-    long = np.arange(1_000_000, dtype=np.int32).astype(np.int16)
-    split = Split("long", [Clip("a", None, ("one",))], [], "folder")
-    batches = PairBatches([(split, [long])], tokenizer, 2, seed=0)
-    first_samples = [int(batches[epoch].segments[0, 0]) for epoch in range(8)]
-    assert Counter(first_samples).most_common(1)[0][1] < 4
-    assert first_samples == [int(batches[epoch].segments[0, 0]) for epoch in range(8)]
+@pytest.mark.parametrize(("size", "world"), [(22, 1), (6, 4)])
+def test_a_batch_that_cannot_be_made(split, size, world):
+    with pytest.raises(InputError, match=f"--batch-size {size}.*21 pairs.*{world} processes"):
+        PairBatches([split], None, size, world=world)

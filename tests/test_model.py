@@ -1,169 +1,260 @@
-"""The dual encoder as its users call it."""
+"""The dual encoder as its users call it; its towers and the baseline's file by a second route."""
 
 import dataclasses
-import shutil
+import os
+import string
+import sys
+import time
+import types
+from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
+import tokenizers
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
+from conftest import CAPTIONS, noise, write_wav
+from hear21passt.models.passt import PaSST
+from hear21passt.models.preprocess import AugmentMelSTFT
+from torch.nn.functional import normalize
+from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel, RobertaTokenizer
 
-import evaluate
-from dualenc import InputError
-from dualenc.config import PRESETS, DualEncoderConfig
-from dualenc.model import DualEncoder
-from dualenc.text import tokenize
+from dualenc import DualEncoder, text
+from dualenc.audio import AudioTower, published_passt, resample
+from dualenc.errors import InputError
+from dualenc.model import PRESETS, choose_device, choose_precision, newest_checkpoint
 
-CAPTIONS = ["A dog barks.", "rain", "A bell rings, then rain falls on a tin roof for a while"]
+pytestmark = pytest.mark.filterwarnings("ignore:stft with return", "ignore:.*autocast")  # theirs
+SIZES = dict(vocab_size=400, hidden_size=64, num_hidden_layers=2, num_attention_heads=1,
+             intermediate_size=256)
+REPORT = PRESETS["report"]
+SMALL = dataclasses.replace(REPORT, audio_width=128, audio_depth=2, audio_heads=2, **SIZES)
+SENTENCES = ["A dog barks, twice; then it's quiet.", "Rain!", "Café – “quiet” 🐕", "...",
+             "Birds sing while " + "a very long train " * 12 + "passes by"]
 
 
-def parameters(module):
-    return sum(p.numel() for p in module.parameters())
+@pytest.fixture(scope="module")
+def theirs():
+    """The parts of the official baseline, small."""
+    torch.manual_seed(0)
+    mel = AugmentMelSTFT(freqm=0, timem=0, fmin_aug_range=10, fmax_aug_range=2000)
+    passt = PaSST(img_size=(128, 1000), patch_size=16, stride=16, embed_dim=128, depth=2,
+                  num_heads=2, distilled=True, s_patchout_t=15, s_patchout_f=2)
+    config = RobertaConfig(**SIZES, max_position_embeddings=514, type_vocab_size=1)
+    roberta = RobertaModel(config, add_pooling_layer=False)
+    heads = dict(audio=torch.nn.Linear(128, 1024), text=torch.nn.Linear(64, 1024))
+    parts = dict(mel=mel.eval(), passt=passt.eval(), roberta=roberta.eval(), **heads)
+    return types.SimpleNamespace(**parts)
+
+
+@pytest.fixture(scope="module")
+def roberta(theirs, tmp_path_factory):
+    """A folder as save_pretrained writes it."""
+    folder = tmp_path_factory.mktemp("roberta")
+    tokenizer = DualEncoder.create("tiny", "random", SENTENCES).tokenizer
+    for part in (theirs.roberta, RobertaTokenizer(tokenizer_object=tokenizer)):
+        part.save_pretrained(folder)
+    return folder
+
+
+# --- Second routes ---
+
+@torch.no_grad()
+def by_the_baseline(theirs, sounds, sentences, tokenizer):
+    """Clips padded to three segments, those without sound left out; words padded to 32 tokens."""
+    padded = np.concatenate([np.pad(sound, (0, 960_000 - len(sound))) for sound in sounds])
+    mel = theirs.mel(torch.from_numpy(padded).view(-1, 320_000))[:, None]
+    features = zip(theirs.passt(mel)[1].split(3), sounds, strict=True)
+    means = [each[: -(-len(sound) // 320_000)].mean(0) for each, sound in features]
+    plain = [s.lower().translate(str.maketrans("", "", string.punctuation)) for s in sentences]
+    full = dict(padding="max_length", truncation=True, max_length=32, return_tensors="pt")
+    words = theirs.roberta(**tokenizer(plain, **full))[0][:, 0]
+    audio, words = theirs.audio(torch.stack(means)), theirs.text(words)
+    return normalize(audio, dim=1), normalize(words, dim=1)
+
+
+def test_the_baselines_checkpoint_embeds_as_the_baseline_does(
+    theirs, roberta, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setitem(PRESETS, "report", SMALL)
+    module = types.ModuleType("lightning_data")  # gone when the file is read
+    module.Settings = type("Settings", (dict,), {"__module__": module.__name__})
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    settings = module.Settings(audiocaps=True, wavcaps=False)
+    settings.strategy = module.Settings()
+    parts = {"audio_embedding_model.model.model": theirs.passt, "audio_projection": theirs.audio,
+             "text_embedding_model._orig_mod": theirs.roberta, "text_projection": theirs.text}
+    weights = {f"{p}.{n}": w for p, part in parts.items() for n, w in part.state_dict().items()}
+    saved = {"state_dict": weights | {"tau": torch.tensor([-0.07])}, "hyper_parameters": settings}
+    torch.save(saved, tmp_path / "baseline.ckpt")
+    monkeypatch.delitem(sys.modules, module.__name__)
+
+    capfd.readouterr()
+    model = DualEncoder.load(tmp_path / "baseline.ckpt", tokenizer=roberta)
+    assert model.trained_on == ["clotho/development", "audiocaps/train"]
+    assert model.tau.item() == pytest.approx(0.07)  # the baseline divides by the absolute value
+    sounds = [noise(seconds, 1) for seconds in (4, 10, 13.7, 24.03)]
+    audio, words = model.embed_audio(sounds), model.embed_text(SENTENCES)
+    assert capfd.readouterr() == ("", "")
+    tokenizer = RobertaTokenizer.from_pretrained(roberta)
+    wanted = by_the_baseline(theirs, sounds, SENTENCES, tokenizer)
+    torch.testing.assert_close((audio, words), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_passt_equals_hear21passts_with_jitter_and_patchout(training, theirs):
+    tower = AudioTower(128, 2, 2, REPORT.patch, REPORT.patchout).train(training)
+    weights = theirs.passt.state_dict().items()
+    tower.passt.load_state_dict({n: w for n, w in weights if not n.startswith("head")})
+    lengths = set()
+    tower.passt.blocks[0].register_forward_hook(lambda *call: lengths.add(call[2].shape[1]))
+    segments = torch.randint(-3000, 3000, (2, 320_000), dtype=torch.int16)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        mel = theirs.mel.train(training)(segments / 32_768)
+        wanted = theirs.passt.train(training)(mel[:, None])[1]
+        torch.manual_seed(1)
+        torch.testing.assert_close(tower(segments), wanted, rtol=0, atol=1e-5)
+        torch.manual_seed(1)
+        torch.testing.assert_close(tower.mel(segments / 32_768), mel, rtol=0, atol=1e-4)
+    assert lengths == {2 + 6 * 47 if training else 2 + 8 * 62}
+    theirs.passt.eval(), theirs.mel.eval()
 
 
 def test_the_report_preset_has_the_reports_sizes():
-    def shallow(depth):
-        config = dataclasses.replace(PRESETS["report"], audio_depth=depth, text_depth=depth)
-        return DualEncoder(config, Tokenizer(BPE()))
-
-    one, two = shallow(1), shallow(2)  # the other layers are like the second
-
-    def full(part, depth):
-        sizes = [parameters(getattr(model, part)) for model in (one, two)]
-        return sizes[0] + (depth - 1) * (sizes[1] - sizes[0])
-
+    sizes = REPORT.audio_heads, REPORT.patch, REPORT.patchout
+    one, two = (AudioTower(REPORT.audio_width, n, *sizes).state_dict() for n in (1, 2))
+    layer, rest = (sum(w.numel() for n, w in two.items() if (n in one) is x) for x in (False, True))
     classifiers = 2 * (768 * 527 + 527) + 2 * 768  # two linear ones, a LayerNorm: not used here
-    # 86.1 M; the report says 86.2.
-    assert full("audio", PRESETS["report"].audio_depth) + classifiers == 86_122_270
-    assert round(full("text", PRESETS["report"].text_depth) / 1e6) == 354
-    assert one.audio_projection.weight.shape == (1024, 768)
-    assert one.text_projection.weight.shape == (1024, 1024)
+    assert rest + (REPORT.audio_depth - 1) * layer + classifiers == 86_122_270
+    with torch.device("meta"):
+        words = sum(p.numel() for p in text.TextTower(REPORT.roberta()).parameters())
+    assert round(words / 1e6) == 354 and (REPORT.embedding, REPORT.tau) == (1024, 0.05)
 
 
-def test_embeddings_have_unit_norm_and_keep_their_order(tiny, noise):
-    embedded = tiny.embed_audio(noise)
-    assert embedded.shape == (len(noise), 1024) and embedded.dtype == torch.float32
-    torch.testing.assert_close(embedded.norm(dim=1), torch.ones(len(noise)))
-    backwards = tiny.embed_audio(reversed(noise))
-    torch.testing.assert_close(backwards.flip(0), embedded, rtol=0, atol=1e-5)
-    one_by_one = torch.cat([tiny.embed_audio([waveform]) for waveform in noise])
-    torch.testing.assert_close(one_by_one, embedded, rtol=0, atol=1e-5)
+# --- Published weights ---
+
+def test_published_weights_are_found_offline(theirs, roberta, tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(PRESETS, "report", SMALL)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    place = tmp_path / "hub/checkpoints/passt-s-f128-p16-s16-ap.468.pt"
+    place.parent.mkdir(parents=True)
+    torch.save(theirs.passt.state_dict(), place)
+    capfd.readouterr()
+    model = DualEncoder.create("report", "pretrained", [], str(roberta))
+    assert capfd.readouterr() == ("", "")
+    for ours, other in ((model.audio.passt, theirs.passt), (model.text.roberta, theirs.roberta)):
+        for name, weights in ours.state_dict().items():
+            assert torch.equal(weights, other.state_dict()[name]), name
 
 
-def test_a_clip_is_the_mean_over_its_segments(tiny):
-    """Against the baseline's way: all padded to 30 s, three segments computed, the first kept."""
-    rng = np.random.default_rng(1)
-    for seconds, kept in ((4, 1), (10, 1), (10.2, 2), (23, 3), (30, 3), (35, 3)):
-        waveform = (0.1 * rng.standard_normal(int(seconds * 32_000))).astype(np.float32)
-        padded = np.zeros(960_000, np.float32)
-        padded[: len(waveform)] = waveform[:960_000]
-        with torch.inference_mode():
-            features = tiny.audio(torch.from_numpy(padded).view(3, 320_000))[:kept].mean(0)
-            wanted = torch.nn.functional.normalize(tiny.audio_projection(features), dim=0)
-        torch.testing.assert_close(tiny.embed_audio([waveform])[0], wanted, rtol=0, atol=1e-5)
+def test_what_cannot_be_reached_is_said_in_one_line_in_seconds(tmp_path, monkeypatch):
+    fresh = types.ModuleType("fresh")  # it remembers whether the hub answers
+    exec(Path(text.__file__).read_text(), vars(fresh))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nothing listens
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    huggingface_hub.close_session()
+    begin = time.monotonic()
+    for load, way in ((fresh.load_tokenizer, "--tokenizer"), (fresh.published_roberta, "tiny")):
+        with pytest.raises(InputError, match=f"^no-such: cannot be fetched .*{way}.*$"):
+            load("no-such")
+    with pytest.raises(InputError, match=f"^PaSST.*{tmp_path}/hub/checkpoints.*--init random$"):
+        published_passt()
+    assert time.monotonic() - begin < 5
 
 
-def test_only_segments_that_hold_sound_are_computed(tiny):
-    seen = []
-    tiny.audio.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
-    for seconds in (10, 23):
-        tiny.embed_audio([np.zeros(seconds * 32_000, np.float32)])
-    assert seen == [1, 3]
+def test_another_kind_of_model_or_tokenizer_is_refused(tmp_path):
+    BertModel(BertConfig(**SIZES)).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="bert"):
+        text.published_roberta(str(tmp_path))
+    with pytest.raises(InputError, match="not RoBERTa's"):
+        text.prepared(tokenizers.Tokenizer(tokenizers.models.BPE()))
 
 
-def test_captions_do_not_depend_on_their_company(tiny):
-    together = tiny.embed_text(CAPTIONS)
-    alone = torch.cat([tiny.embed_text([caption]) for caption in CAPTIONS])
-    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
-    assert tiny.embed_text([]).shape == (0, 1024)
-    many = tiny.embed_text(CAPTIONS * 50)  # several batches
-    torch.testing.assert_close(many.view(50, 3, -1), alone.expand(50, 3, -1), rtol=0, atol=1e-5)
+# --- Python, as users write it ---
+
+def test_one_alone_is_a_list_of_one_and_generators_are_taken(tiny_model, tmp_path):
+    sound = (noise(2) * 32_768).astype(np.int16)
+    path, floats = write_wav(tmp_path / "a.wav", sound / 32_768), torch.from_numpy(sound / 32_768)
+    embedded = tiny_model.embed_audio(each for each in (path, sound, floats))
+    assert embedded.shape == (3, 1024) and embedded.dtype == torch.float32
+    torch.testing.assert_close(embedded.norm(dim=1), torch.ones(3))
+    for alone in (path, str(path), sound, floats):
+        one = tiny_model.embed_audio(alone)
+        torch.testing.assert_close(one.expand(3, -1), embedded, rtol=0, atol=1e-5)
+    words = tiny_model.embed_text(sentence for sentence in SENTENCES * 30)  # several batches
+    alone = torch.cat([tiny_model.embed_text(sentence) for sentence in SENTENCES])
+    torch.testing.assert_close(words, alone.repeat(30, 1), rtol=0, atol=1e-5)
+    assert tiny_model.embed_text([]).shape == tiny_model.embed_audio([]).shape == (0, 1024)
 
 
-def test_files_and_waveforms_embed_alike(tiny, write_sound, noise):
-    waveform = (noise[2] * 32_768).astype(np.int16)
-    path = write_sound("a.wav", waveform)
-    floats = waveform.astype(np.float32) / 32_768
-    embedded = tiny.embed_audio([path, str(path), waveform, floats, torch.from_numpy(floats)])
-    for other in embedded[1:]:
-        torch.testing.assert_close(other, embedded[0], rtol=0, atol=1e-6)
+def test_waveforms_of_another_rate_are_resampled_and_the_first_30_s_count(tiny_model):
+    sound = np.repeat(noise(31, rate=11_025), 4)  # at 44.1 kHz: soft above 5.5 kHz
+    whole, start = tiny_model.embed_audio([sound, sound[: 30 * 44_100]], rate=44_100)
+    same, other = tiny_model.embed_audio([resample(sound, 44_100), sound])
+    assert whole @ start > 0.99999 and whole @ same > 0.99999 and whole @ other < 0.99
 
 
-def test_embedding_leaves_the_mode_as_it_was(tiny):
-    tiny.train()
-    first, second = tiny.embed_text(["rain"]), tiny.embed_text(["rain"])
-    assert tiny.training and torch.equal(first, second)  # without dropout
+@pytest.mark.parametrize("shape", [(100, 2), (2, 100), (0,), ()])
+def test_what_is_no_waveform_is_refused_with_what_is_wanted(tiny_model, shape):
+    for sound in (np.zeros(shape, np.float32), torch.zeros(shape), [np.zeros(shape, np.int16)]):
+        with pytest.raises(InputError, match=r"shape \(.*\).* \(n,\) is needed"):
+            tiny_model.embed_audio(sound)
+    with pytest.raises(InputError, match="finite floats"):
+        tiny_model.embed_audio(np.array([0, np.nan]))
+    silence = tiny_model.embed_audio(np.zeros(1)), tiny_model.embed_text("...")
+    torch.testing.assert_close(torch.cat(silence).norm(dim=1), torch.ones(2))
 
 
-@pytest.mark.parametrize("waveform", [np.zeros((2, 100)), np.zeros(0)])
-def test_what_is_no_waveform_is_refused(tiny, waveform):
-    with pytest.raises(InputError, match="waveform of shape"):
-        tiny.embed_audio([waveform])
+# --- Checkpoints, device, precision ---
+
+def test_a_checkpoint_needs_nothing_else(tiny_model, tmp_path, roberta):
+    best = tmp_path / "run" / "best.pt"
+    tiny_model.save(best)
+    for path in (tmp_path / "run", str(best)):
+        loaded = DualEncoder.load(path)
+        assert loaded.config == tiny_model.config and not loaded.training
+        assert torch.equal(loaded.embed_audio(noise(1)), tiny_model.embed_audio(noise(1)))
+        assert torch.equal(loaded.embed_text(CAPTIONS), tiny_model.embed_text(CAPTIONS))
+    assert newest_checkpoint(tmp_path) == best and os.listdir(tmp_path / "run") == ["best.pt"]
+    loaded = DualEncoder.load(path, tokenizer=roberta)
+    assert loaded.tokenizer.to_str() == text.load_tokenizer(roberta).to_str()
+    loaded.trained_on, loaded.stage = ["mine@1/all", "audiocaps/train", "clotho/x"], "distilled"
+    loaded.save(best)
+    assert DualEncoder.load(best).label == "Clotho + AudioCaps + mine, distilled"
 
 
-def test_a_checkpoint_needs_nothing_else(tiny, noise, tmp_path):
-    tiny.trained_on = ["clotho/development"]
-    tiny.save(tmp_path / "model.pt")
-    loaded = DualEncoder.load(tmp_path / "model.pt")
-    assert loaded.config == tiny.config and loaded.trained_on == tiny.trained_on
-    assert not loaded.training
-    assert torch.equal(loaded.embed_audio(noise[:3]), tiny.embed_audio(noise[:3]))
-    assert torch.equal(loaded.embed_text(CAPTIONS), tiny.embed_text(CAPTIONS))
-    assert list(tmp_path.iterdir()) == [tmp_path / "model.pt"]
+def test_no_checkpoint_is_said_and_nothing_in_it_is_executed(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    attack = type("Attack", (), {"__reduce__": lambda self: (os.mkdir, ("executed",))})()
+    good = tiny_model.checkpoint()
+    for content, reason in (
+        ([attack], "damaged"), ([1, 2], "damaged"), ({"state_dict": {"scale": 1}}, "damaged"),
+        (good | {"format": "dualenc 1"}, "dualenc 1"), (good | {"model": {}}, "Missing key"),
+        (good | {"config": good["config"] | {"audio_depth": "2"}}, "audio_depth"),
+        (good | {"config": good["config"] | {"audio_width": 48}}, "size mismatch"),
+    ):
+        torch.save(content, "a.pt")
+        with pytest.raises(InputError, match=f"^a.pt: .*{reason}.*$"):
+            DualEncoder.load("a.pt")
+    os.truncate("a.pt", 9999)
+    for line in ("a.pt: is damaged.*", "none.pt: no such checkpoint file"):
+        with pytest.raises(InputError, match=f"^{line}$"):
+            DualEncoder.load(line.partition(":")[0])
+    assert os.listdir() == ["a.pt"]
 
 
-def test_a_tokenizer_can_be_replaced(tiny, tmp_path):
-    tiny.save(tmp_path / "model.pt")
-    other = DualEncoder.create("tiny", "random", ["quite other words " * 3])
-    other.tokenizer.save(str(tmp_path / "tokenizer.json"))
-    loaded = DualEncoder.load(tmp_path / "model.pt", tokenizer=tmp_path / "tokenizer.json")
-    assert torch.equal(tokenize(loaded.tokenizer, CAPTIONS), tokenize(other.tokenizer, CAPTIONS))
-
-
-def test_a_temperature_can_be_set_and_learnt(tiny):
-    assert tiny.tau.item() == pytest.approx(0.05) and not tiny.tau.requires_grad
-    tiny.set_temperature(0.1, learn=True)
-    assert tiny.tau.item() == pytest.approx(0.1) and tiny.tau.requires_grad
-    assert tiny.config.tau == 0.1 and tiny.config.learn_tau
-
-
-def test_loading_is_strict_and_names_the_fault(tiny, tmp_path):
-    path = tmp_path / "model.pt"
-    checkpoint = tiny.checkpoint()
-    weights = dict(checkpoint["model"])
-    weights["extra"] = weights.pop("tau")
-    torch.save(checkpoint | {"model": weights}, path)
-    with pytest.raises(InputError, match="(?s)lacks tau.*extra, which is unknown"):
-        DualEncoder.load(path)
-    wider = dataclasses.asdict(dataclasses.replace(tiny.config, audio_width=48))
-    torch.save(checkpoint | {"config": wider}, path)
-    with pytest.raises(InputError, match="has shape"):
-        DualEncoder.load(path)
-
-
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method")
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_blocks_embed_alike(tiny):
-    plain = tiny.embed_text(CAPTIONS)
-    torch._dynamo.utils.counters.clear()
-    tiny.compile_blocks()
-    torch.testing.assert_close(tiny.embed_text(CAPTIONS), plain, rtol=0, atol=1e-5)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1  # it was compiled
-    torch._dynamo.reset()
-
-
-def test_where_nothing_can_be_compiled_one_line_says_so(command, tiny, monkeypatch):
-    def fail(*arguments, **options):
-        raise RuntimeError("no C++ compiler\nand a long story")
-
-    tiny.save("a.pt")
-    monkeypatch.setattr(torch, "compile", fail)
-    status, printed = command(evaluate, "--checkpoint", "a.pt", "--compile")
-    reason = "--compile: cannot be done here (no C++ compiler); leave it out"
-    assert status == 2 and printed == f"evaluate.py: {reason}\n"
-
-
-def test_config_is_plain_numbers():
-    assert DualEncoderConfig() == PRESETS["report"]
-    assert set(dataclasses.asdict(PRESETS["tiny"])) == set(dataclasses.asdict(PRESETS["report"]))
+def test_device_and_precision(tiny_model, monkeypatch):
+    cpu, cuda, half = choose_device("cpu"), torch.device("cuda"), [torch.bfloat16, torch.float16]
+    with pytest.raises(InputError, match="--device cuda:99: cannot be used here"):
+        choose_device("cuda:99")
+    names = "auto", "fp32", "bf16", "fp16"
+    assert [choose_precision(name, cpu) for name in names] == [None, None, *half]
+    for has in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has, **options: has)
+        assert choose_precision("auto", cuda) == half[not has]
+    exact = tiny_model.embed_audio(noise(1))
+    monkeypatch.setattr(tiny_model, "precision", torch.bfloat16)
+    near = tiny_model.embed_audio(noise(1))
+    assert (exact @ near.T).item() > 0.99 and not torch.equal(exact, near)

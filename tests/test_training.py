@@ -1,176 +1,244 @@
-"""The loop: what it writes, resumes, refuses, and computes."""
+"""The loop: its gradient by a second route, resumption, interruptions, stage 2's loss by hand."""
 
-import itertools
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from conftest import write_folder
 
 import distill
-import evaluate
 import train
-from dualenc import InputError, training
-from dualenc.model import DualEncoder
-from dualenc.step import Losses
+from dualenc import DualEncoder
+from dualenc.data import PairBatches, decode, read_split
+from dualenc.errors import InputError
+from dualenc.losses import contrastive_loss
 from dualenc.training import learning_rate
 
-TINY = ["--preset", "tiny", "--batch-size", 16, "--workers", 0]
+ROOT = Path(__file__).parents[1]
 
 
-def log_lines(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("sounds"), clips=12)
 
 
-def test_train_distill_evaluate(command, tmp_path):
-    status, printed = command(train, *TINY, "--epochs", 2, "--out", "a", "--log-every", 2)
-    assert status == 0, printed
-    for words in ("towers in fp32", "10 clips, 50 captions", "4 an epoch, 2 epochs", "a/best.pt"):
-        assert words in printed
-    first, *lines = log_lines(tmp_path / "a")
-    assert first["batch_size"] == 16 and first["data"]["clotho/development"][:2] == [10, 50]
-    assert [line["step"] for line in lines] == [2, 4, 4, 6, 8, 8]
-    assert [line["validation"]["mAP@10"] for line in lines if "validation" in line]
-    assert DualEncoder.load("a/best.pt").trained_on == ["clotho/development"]
-
-    assert command(
-        train, *TINY, "--datasets", "clotho", "audiocaps", "--epochs", 1, "--seed", 1, "--out", "b"
-    )[0] == 0
-    status, printed = command(
-        distill, "--teachers", "a/best.pt", "b/best.pt", "--epochs", 1, "--workers", 0,
-        "--batch-size", 16, "--out", "c",
-    )
-    assert status == 0, printed
-    student = DualEncoder.load("c/best.pt")
-    assert student.trained_on == [
-        "audiocaps/test", "audiocaps/train", "audiocaps/val", "clotho/development",
-    ]
-    epoch = log_lines(tmp_path / "c")[-1]
-    assert epoch["loss"] == pytest.approx(epoch["contrastive"] + epoch["distillation"])
-
-    status, printed = command(evaluate, "--checkpoint", "c/best.pt", "--json", "r.json")
-    assert status == 0, printed
-    assert "6 clips, 30 captions" in printed and "new annotations" in printed
-    assert "37.21" not in printed  # the report's figures belong to the real data
-    results = json.loads((tmp_path / "r.json").read_text())
-    assert "30" in printed and results
+def command(sounds, out, *more) -> list[str]:
+    return ["--datasets", str(sounds), "--cache-dir", str(sounds / "cache"), "--out", str(out),
+            "--preset", "tiny", "--batch-size", "4", "--epochs", "2", "--workers", "0",
+            "--log-every", "1", "--device", "cpu", *map(str, more)]
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
-    command, tmp_path, monkeypatch
+def run_train(monkeypatch, arguments, main=train.main) -> int:
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    return main()
+
+
+def state(out: Path) -> dict:
+    return torch.load(out / "last.pt", weights_only=True)
+
+
+def same(a: Path, b: Path) -> bool:
+    """Whether two runs left the same weights, moments and log, to the last bit."""
+    one, two = state(a), state(b)
+    weights = all(torch.equal(one["model"][n], two["model"][n]) for n in one["model"])
+    moments = zip(*(s["training"]["optimizer"]["state"].values() for s in (one, two)), strict=True)
+    equal = all(torch.equal(x[k], y[k]) for x, y in moments for k in x)
+    logs = [(run / "log.jsonl").read_text().splitlines()[1:] for run in (a, b)]
+    return weights and equal and logs[0] == logs[1]
+
+
+# --- The gradient of one step ---
+
+
+def gradients(model, batch, encode) -> torch.Tensor:
+    model.zero_grad()
+    torch.manual_seed(7)
+    contrastive_loss(*encode(), batch.clip_ids, model.tau).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def test_pieces_have_the_gradient_of_one_graph_and_of_the_whole_batch(sounds, tmp_path):
+    split = read_split(str(sounds), "all", tmp_path)
+    decode([split], sounds / "cache")
+    model = DualEncoder.create("tiny", "random", split.captions)
+    batch = PairBatches([split], model.tokenizer, 8, captions_per_clip=2)[0]
+
+    def pieces_in_one_graph():
+        parts = []
+        for segments, counts, rows, tokens in (p.inputs(model.device) for p in batch.split(3)):
+            parts.append((model.encode_audio(segments, counts)[rows], model.encode_text(tokens)))
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
+
+    model.train()  # dropout, patchout and jitter are replayed
+    pieces = gradients(model, batch, lambda: model.encode_pairs(batch, 3))
+    assert torch.equal(pieces, gradients(model, batch, pieces_in_one_graph))
+    model.eval()
+    pieces = gradients(model, batch, lambda: model.encode_pairs(batch, 3))
+    whole = gradients(model, batch, lambda: model.encode_pairs(batch))
+    assert (pieces - whole).abs().max() < 1e-6 < 1e-4 < whole.abs().max()
+
+
+def test_a_clip_encoded_once_is_the_clip_encoded_for_each_caption(sounds, tmp_path):
+    split = read_split(str(sounds), "all", tmp_path)
+    decode([split], sounds / "cache")
+    model = DualEncoder.create("tiny", "random", split.captions).eval()
+    batch = PairBatches([split], model.tokenizer, 8, captions_per_clip=2)[0]
+    assert len(batch.counts) == 4
+    audio, text = model.encode_pairs(batch)
+    names = [split.clip_of_caption[pair] for pair in batch.pair_ids.tolist()]
+    alone = model.embed_audio([split.clips[clip].path for clip in names])
+    torch.testing.assert_close(audio, alone, rtol=0, atol=1e-5)
+    words = model.embed_text([split.captions[pair] for pair in batch.pair_ids.tolist()])
+    torch.testing.assert_close(text, words, rtol=0, atol=1e-5)
+
+
+# --- Resuming ---
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(sounds, tmp_path, monkeypatch):
+    run_train(monkeypatch, command(sounds, tmp_path / "whole"))
+    for steps in (1, 3, 6):  # within an epoch, at its end (3 steps), within the next
+        run_train(monkeypatch, command(sounds, tmp_path / "parts", "--max-steps", steps))
+    run_train(monkeypatch, command(sounds, tmp_path / "parts", "--micro-batch", 4))
+    assert same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_been(sounds, tmp_path):
+    def start(name: str) -> subprocess.Popen:
+        arguments = command(sounds, tmp_path / name, "--save-every", 1)
+        return subprocess.Popen([sys.executable, ROOT / "train.py", *arguments],
+                                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                                stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+    whole, log = start("whole"), tmp_path / "killed" / "log.jsonl"
+    for lines in (2, 4):  # it is killed once its log has so many, wherever it then is
+        process = start("killed")
+        while process.poll() is None and not (log.exists() and len(log.open().readlines()) > lines):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert start("killed").wait() == 0 == whole.wait()
+    assert same(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_ends_the_run_after_the_step(
+    sounds, tmp_path, monkeypatch, capsys, number, status
 ):
-    arguments = [*TINY, "--epochs", 2, "--out", "a"]
-    command(train, *arguments, "--max-steps", 4)
-    before = (tmp_path / "a/last.pt").read_bytes()
-    original = train.loss_of
+    def loss_of(*arguments):
+        os.kill(os.getpid(), number)
+        return original(*arguments)
 
-    def poisoned(*arguments):
-        return {"loss": original(*arguments)["loss"] * float("nan")}
-
-    monkeypatch.setattr(train, "loss_of", poisoned)
-    status, printed = command(train, *arguments)
-    assert status == 2 and "step 4: the loss is nan" in printed and "Traceback" not in printed
-    assert (tmp_path / "a/last.pt").read_bytes() == before
-
-
-def test_other_settings_are_refused_by_name(command):
-    command(train, *TINY, "--epochs", 1, "--out", "a", "--max-steps", 1)
-    status, printed = command(
-        train, "--preset", "tiny", "--batch-size", 8, "--seed", 7, "--out", "a", "--epochs", 4
-    )
-    assert status == 2
-    assert "--batch-size: was 16, now 8" in printed and "--seed: was 0, now 7" in printed
-    assert "epochs" not in printed.split("(2)")[1]  # free to change
+    original = train.contrastive
+    run_train(monkeypatch, command(sounds, tmp_path / "whole"))
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(train, "contrastive", loss_of)
+    try:
+        assert run_train(monkeypatch, command(sounds, tmp_path / "ended")) == status
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+    assert f"{number.name} after step 1: saved in" in capsys.readouterr().out
+    assert state(tmp_path / "ended")["training"]["step"] == 1
+    monkeypatch.setattr(train, "contrastive", original)
+    run_train(monkeypatch, command(sounds, tmp_path / "ended"))
+    assert same(tmp_path / "whole", tmp_path / "ended")
 
 
-def test_a_folder_of_ones_own(command, miniature, tmp_path):
-    own = tmp_path / "own"
-    own.mkdir()
-    table = ["file_name,caption"]
-    for i, path in enumerate(sorted(miniature.glob("CLOTHO_v2.1/clotho_audio_files/*/*.wav"))):
-        (own / f"{i}.wav").symlink_to(path)
-        table.append(f"{i}.wav,sound number {i}")
-    (own / "captions.csv").write_text("\n".join(table))
-    status, printed = command(train, *TINY, "--datasets", own, "--epochs", 1)
-    assert status == 0, printed
-    assert "18 clips, 18 captions" in printed and "2 clips, 2 captions" in printed
-    status, printed = command(evaluate, "--dataset", own, "--split", "val")
-    assert status == 2 and "was trained on" in printed
+# --- What stops a run, and what it keeps ---
 
 
-def test_losses_name_the_step_that_went_wrong():
-    losses = Losses([])
-    losses.add(0, {"loss": torch.tensor(2.0), "part": torch.tensor(1.0)})
-    losses.add(1, {"loss": torch.tensor(4.0), "part": torch.tensor(2.0)})
-    assert losses.mean() == {"loss": 3.0, "part": 1.5} and losses.mean(1)["loss"] == 4.0
-    losses.add(2, {"loss": torch.tensor(float("inf"))})
-    losses.add(3, {"loss": torch.tensor(float("nan"))})
-    with pytest.raises(InputError, match="step 2: the loss is inf"):
-        losses.fetch()
+def test_a_loss_that_is_not_finite_stops_the_run(sounds, tmp_path, monkeypatch):
+    run_train(monkeypatch, command(sounds, tmp_path / "run", "--max-steps", 3))
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    monkeypatch.setattr(train, "contrastive", lambda a, t, *rest: {"loss": (a * np.nan).sum()})
+    with pytest.raises(InputError, match="step 3: the loss is nan.*last.pt is as it was"):
+        run_train(monkeypatch, command(sounds, tmp_path / "run"))
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
 
 
-# --- What a step and an epoch do ---
+def test_a_full_disk_leaves_last_pt_as_it_was(sounds, tmp_path, monkeypatch):
+    def full(values, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    run_train(monkeypatch, command(sounds, tmp_path / "run", "--max-steps", 3))
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="No space left"):
+        patch.setattr(torch, "save", full)
+        run_train(patch, command(sounds, tmp_path / "run"))
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+    assert not list((tmp_path / "run").glob("*.tmp")) + list((tmp_path / "run").glob(".*.tmp"))
 
 
-def test_steps_see_dropout_and_patchout_and_validation_does_not(command, monkeypatch):
-    original, seen = training.step_gradients, []
-
-    def watched(model, *arguments):
-        if not seen:
-            model.audio.passt.blocks[0].register_forward_hook(
-                lambda block, inputs, output: seen.append((block.training, output.shape[1]))
-            )
-        return original(model, *arguments)
-
-    monkeypatch.setattr(training, "step_gradients", watched)
-    command(train, *TINY, "--epochs", 2, "--out", "a")
-    # Two tokens, and of 125 patches all but the 30 that are left out in training.
-    assert [state for state, _ in itertools.groupby(seen)] == [(True, 97), (False, 127)] * 2
+def test_other_settings_are_refused_with_both_values(sounds, tmp_path, monkeypatch):
+    run_train(monkeypatch, command(sounds, tmp_path / "run", "--max-steps", 1))
+    with pytest.raises(InputError, match="--max-lr: was 0.001, now 0.5"):
+        run_train(monkeypatch, command(sounds, tmp_path / "run", "--max-lr", 0.5))
 
 
-def test_weights_move_by_the_sum_of_the_learning_rates(command, monkeypatch):
-    """Of a constant gradient, AdamW's every step is the learning rate."""
-
-    def loss_of(audio, text, clip_ids, pair_ids, tau):
-        return {"loss": tau + 0 * audio.sum()}
-
-    monkeypatch.setattr(train, "loss_of", loss_of)
-    schedule = ["--epochs", 3, "--decay-epochs", 1.5]
-    command(train, *TINY, *schedule, "--learn-tau", "--tau", 0.5, "--out", "a")
-    tau = torch.load("a/last.pt", weights_only=True)["model"]["tau"].item()
-    rates = [learning_rate(step, 4, 1, 1.5, 1e-3, 1e-6) for step in range(12)]
-    assert 0.5 - tau == pytest.approx(sum(rates), abs=1e-6)
+def test_of_equal_epochs_the_later_is_best(sounds, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "retrieval_metrics", lambda *arguments: {"mAP@10": 0.5})
+    run_train(monkeypatch, command(sounds, tmp_path / "run"))
+    assert torch.load(tmp_path / "run" / "best.pt", weights_only=True)["epoch"] == 2
 
 
-def test_the_best_epoch_is_kept(command, monkeypatch):
-    found = iter((0.5, 0.9, 0.3))
-    monkeypatch.setattr(train, "validation", lambda *_: lambda model: {"mAP@10": next(found)})
-    status, printed = command(train, *TINY, "--epochs", 3, "--out", "a")
-    assert printed.count("best so far") == 2 and "Best validation mAP@10 90.00 %" in printed
-    best = torch.load("a/best.pt", weights_only=True)
-    assert best["epoch"] == 2 and best["validation"] == {"mAP@10": 0.9}
-    assert torch.load("a/last.pt", weights_only=True)["training"]["best"] == 0.9
+def test_the_log_holds_the_schedule(sounds, tmp_path, monkeypatch):
+    run_train(monkeypatch, command(sounds, tmp_path / "run"))
+    lines = list(map(json.loads, (tmp_path / "run" / "log.jsonl").open()))
+    rates = [line["lr"] for line in lines[1:] if "lr" in line]
+    # 6 of 12 clips are trained on, two captions each: 3 steps an epoch
+    assert rates == [learning_rate(step, 3, 1, 15, 1e-3, 1e-6) for step in range(6)]
+    assert [line["epoch"] for line in lines if "validation" in line] == [1, 2]
+    assert (tmp_path / "run" / "curves.svg").exists()
 
 
-def test_the_bar_shows_the_first_steps_loss_and_the_epoch(command):
-    status, printed = command(train, *TINY, "--max-steps", 1, "--out", "a")
-    assert "loss=" in printed and "lr=1.0e-06" in printed
-    assert "epoch 1/20" in printed and "epoch 2/20" not in printed
+# --- Stage 2 ---
 
 
-# --- Where training starts ---
+def test_the_student_starts_from_its_first_teacher_and_learns_from_both_losses(
+    sounds, tmp_path, monkeypatch
+):
+    for seed in (0, 1):
+        run_train(monkeypatch, command(sounds, tmp_path / str(seed), "--seed", seed))
+    teachers = [DualEncoder.load(tmp_path / str(seed)) for seed in (0, 1)]
+    arguments = command(sounds, tmp_path / "student", "--distillation-weight", 0.5)
+    at = arguments.index("--preset")
+    del arguments[at : at + 2]
+    given = ["--teachers", str(tmp_path / "0"), str(tmp_path / "1"), "--min-lr", "0"]
+    seen = {}
+
+    def loop(args, this, model, batches, held_out, loss_of) -> int:
+        seen.update(model=model, batch=batches[0], loss_of=loss_of, folder=this.folder)
+        return 0
+
+    monkeypatch.setattr(distill, "train", loop)
+    run_train(monkeypatch, given + arguments, distill.main)
+    student, batch = seen["model"].eval(), seen["batch"]
+    assert all(torch.equal(a, b) for a, b in
+               zip(student.parameters(), teachers[0].parameters(), strict=True))
+    assert student.stage == "distilled" and len(list(seen["folder"].glob("teacher-*.pt"))) == 2
+
+    with torch.no_grad():
+        audio, text = student.encode_pairs(batch)
+        losses = seen["loss_of"](audio, text, batch.clip_ids, batch.pair_ids, student.tau)
+        cosines = torch.stack([torch.mm(a, t.T) for a, t in
+                               (teacher.encode_pairs(batch) for teacher in teachers)]).mean(0)
+    p, q = cosines / 0.05, audio @ text.T / 0.05
+    by_hand = -sum((p.softmax(d) * q.log_softmax(d)).sum(d).mean() for d in (0, 1)) / 2
+    assert losses["distillation"].item() == pytest.approx(by_hand.item(), abs=1e-4)
+    contrastive = contrastive_loss(audio, text, batch.clip_ids, 0.05).item()
+    total = contrastive + 0.5 * losses["distillation"].item()
+    assert losses["loss"].item() == pytest.approx(total, abs=1e-5)
 
 
-@pytest.mark.parametrize(("option", "words"), [
-    (["--init", ""], "--init : is neither pretrained"),
-    (["--validation", ""], "not a data set"),
-    (["--text-model", ""], "--text-model : "),
-    (["--preset", "report", "--init", "{checkpoint}"], "best.pt has the preset tiny"),
-])
-def test_nothing_is_ignored(command, option, words):
-    command(train, *TINY, "--max-steps", 1, "--out", "a")
-    option = [text.replace("{checkpoint}", "a/best.pt") for text in option]
-    status, printed = command(train, *TINY, *option, "--max-steps", 1, "--out", "b")
-    assert status == 2 and words in printed.splitlines()[-1] and not Path("b").exists()
-    status, printed = command(train, "--init", "a/best.pt", "--max-steps", 1, "--out", "c")
-    assert status == 0 and "model       tiny" in printed
+def test_stage_2_trains_on_clotho_alone(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["distill.py", "--teachers", "a.pt"])
+    assert distill.parse_arguments().datasets == ["clotho"]

@@ -1,0 +1,39 @@
+"use strict";
+
+// Sounds are kept once in the page, as base64, however many players play them; a player gets its
+// sound when its query is opened.
+const sounds = JSON.parse(document.getElementById("sounds").textContent);
+const addresses = [];
+const address = (number) => addresses[number] ??= URL.createObjectURL(new Blob(
+  [Uint8Array.from(atob(sounds[number]), (character) => character.charCodeAt(0))],
+  { type: "audio/mpeg" },
+));
+document.addEventListener("toggle", (event) => {
+  for (const player of event.target.querySelectorAll("audio[data-sound]:not([src])")) {
+    player.src = address(player.dataset.sound);
+  }
+}, true);
+
+// One sound at a time.
+const players = document.querySelectorAll("audio");
+document.addEventListener("play", (event) => {
+  for (const player of players) if (player !== event.target) player.pause();
+}, true);
+
+// A query is shown while its text holds every word in the filter.
+const filter = document.getElementById("filter");
+const queries = [...document.querySelectorAll(".query")];
+function show() {
+  const words = filter.value.toLowerCase().split(/\s+/);
+  for (const query of queries) {
+    const text = query.querySelector("summary").textContent.toLowerCase();
+    query.hidden = !words.every((word) => text.includes(word));
+  }
+  for (const group of document.querySelectorAll(".group")) {
+    group.hidden = !group.querySelector(".query:not([hidden])");
+  }
+  const shown = queries.filter((query) => !query.hidden).length;
+  document.getElementById("shown").textContent = `${shown} of ${queries.length} queries shown`;
+}
+filter.addEventListener("input", show);
+show();
