@@ -290,14 +290,14 @@ def as_json(rows: Sequence[Row]) -> dict:
 
 def write_submission(path: Path, queries: Sequence[str], split: Split, row: Row) -> None:
     """DCASE 2025's csv: a row per query, a column per sound file, in each cell their similarity."""
-    rows = {query: i for i, query in reversed(list(enumerate(queries)))}
+    asked = list(dict.fromkeys(queries))
     with replacing(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["index", *(clip.name for clip in split.clips)])
-        for query, i in reversed(rows.items()):
-            values = (row.audio @ row.text[i]).tolist()
+        for query in asked:
+            values = (row.audio @ row.text[queries.index(query)]).tolist()
             writer.writerow([query, *(f"{value:.9g}" for value in values)])
-    print(f"submission  {path}: {len(rows):,} queries, {len(split.clips):,} clips")
+    print(f"submission  {path}: {len(asked):,} queries, {len(split.clips):,} clips")
 
 
 if __name__ == "__main__":
