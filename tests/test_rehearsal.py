@@ -54,7 +54,7 @@ def write_stand_ins(folder: Path, depth: int, sizes: tuple) -> None:
 
 def commands(folder: Path, *options: str) -> list[list[str]]:
     """README's three commands, and a second teacher's; the runs' folders are the default ones."""
-    options = ["--data-dir", f"{folder}/data", "--max-steps", "1", *options]
+    options = ["--data-dir", f"{folder}/data", "--max-steps", "1", "--workers", "0", *options]
     first = ["train.py", "--datasets", "clotho", "audiocaps"]
     first += ["--text-model", f"{folder}/roberta-large", *options]
     teachers = [f"runs/contrastive-clotho-audiocaps-seed{seed}/best.pt" for seed in (0, 1)]
