@@ -4,7 +4,6 @@
 #   ./demo.sh                            on miniature data, in some five minutes on two cores
 #   SEEDS="0 1 2 3 4" ./demo.sh          with several seeds: means and standard deviations
 #   DATA=data PRESET=report ./demo.sh    on the real data in data/, with the report's settings
-#
 # Repeated, it goes on where it was interrupted.
 set -euo pipefail
 cd "$(dirname "$0")"

@@ -113,10 +113,12 @@ def _frames(file, stream, faults: list[str]) -> Iterator[av.AudioFrame]:
 
 
 def _resampler(form: str, layout: str, rate: int) -> Graph:
+    # Upwards FFmpeg ignores the cutoff; a step down by 1 % first makes up for it.
+    lower = [round(0.9875 * rate / 100) * 100] if 4000 <= rate < SAMPLE_RATE else []
     graph = Graph()
     graph.link_nodes(
         graph.add_abuffer(format=form, layout=layout, sample_rate=rate, time_base=None),
-        graph.add("aresample", f"{SAMPLE_RATE}:{FILTER}"),
+        *(graph.add("aresample", f"{to}:{FILTER}") for to in [*lower, SAMPLE_RATE]),
         graph.add("aformat", "sample_fmts=flt"),
         graph.add("asetnsamples", f"n={SEGMENT_SAMPLES}:p=0"),
         graph.add("abuffersink"),

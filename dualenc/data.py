@@ -237,7 +237,7 @@ def _part_of_folder(rows: dict[str, list[str]], part: str, folder: Path) -> dict
 
 # --- Clips -> waveforms, decoded once ---
 
-DECODER = "PyAV 1"  # raise the number when a file's waveform would come out otherwise
+DECODER = "PyAV 2"  # raise the number when a file's waveform would come out otherwise
 
 
 class Waveforms(list):

@@ -222,9 +222,8 @@ def answer(index: SoundIndex, k: int, by: str, sentence: str) -> str:
     )
     try:
         for match in index.search(sentence, k, by) if sentence else ():
-            block, start = divmod(match.start * audio.SAMPLE_RATE, audio.CLIP_SAMPLES)
-            waveform = next(islice(audio.stream_audio(match.path), block, None))
-            mp3 = page.encode_mp3(waveform[start : start + audio.SEGMENT_SAMPLES])
+            blocks = audio.stream_audio(match.path)  # of a segment each
+            mp3 = page.encode_mp3(next(islice(blocks, match.start // audio.SEGMENT_SECONDS, None)))
             title = f"{os.path.relpath(match.path, index.root)}, {match.where()}"
             body += (
                 f"<li>{escape(title)}\n{page.player(title, mp3)}"

@@ -172,7 +172,7 @@ def test_int16_is_exact_and_blocks_join_to_the_whole(tmp_path):
     assert audio.to_int16(np.array([-9.0, 9.0])).tolist() == [-32_768, 32_767]
 
 
-# --- Resampling, and what it must not change ---
+# --- Resampling, and what it must not change; segments ---
 
 def kaiser(waveform: np.ndarray, rate: int, to: int) -> np.ndarray:
     """The second route: torchaudio with a Kaiser window, as good as librosa's soxr."""
@@ -197,7 +197,7 @@ def test_resampling_is_as_good_as_a_kaiser_windowed_one(rate, tmp_path):
     np.testing.assert_array_equal(audio.resample(sound, rate), waveform)
     both = np.stack([each[: 3 * RATE - 1] for each in (waveform, kaiser(sound, rate, RATE))])
     ours, other = audio.LogMel().eval()(torch.from_numpy(both))
-    assert (ours - other).abs().mean() < (0.006 if rate < RATE else 0.0005)
+    assert (ours - other).abs().mean() < (0.003 if rate < RATE else 0.0005)
 
 
 def test_copies_in_any_form_embed_alike_and_10_ms_more_change_nothing(tmp_path, tiny_model):
@@ -210,8 +210,6 @@ def test_copies_in_any_form_embed_alike_and_10_ms_more_change_nothing(tmp_path, 
     longer, exact = tiny_model.embed_audio([noise(10.01), noise(10.01)[: 10 * RATE]])
     assert longer @ exact > 0.9999
 
-
-# --- Waveform -> segments ---
 
 @pytest.mark.parametrize(
     ("samples", "count"), [(1, 1), (3_199, 1), (323_199, 1), (323_200, 2), (3_520_000, 11)]

@@ -177,13 +177,13 @@ def test_another_kind_of_model_or_tokenizer_is_refused(tmp_path):
 def test_one_alone_is_a_list_of_one_and_generators_are_taken(tiny_model, tmp_path):
     sound = (noise(2) * 32_768).astype(np.int16)
     path, floats = write_wav(tmp_path / "a.wav", sound / 32_768), torch.from_numpy(sound / 32_768)
-    embedded = tiny_model.embed_audio(each for each in (path, sound, floats))
+    embedded = tiny_model.train().embed_audio(each for each in (path, sound, floats))
     assert embedded.shape == (3, 1024) and embedded.dtype == torch.float32
     torch.testing.assert_close(embedded.norm(dim=1), torch.ones(3))
     for alone in (path, str(path), sound, floats):
         one = tiny_model.embed_audio(alone)
         torch.testing.assert_close(one.expand(3, -1), embedded, rtol=0, atol=1e-5)
-    words = tiny_model.embed_text(sentence for sentence in SENTENCES * 30)  # several batches
+    words = tiny_model.train().embed_text(line for line in SENTENCES * 30)  # several batches
     alone = torch.cat([tiny_model.embed_text(sentence) for sentence in SENTENCES])
     torch.testing.assert_close(words, alone.repeat(30, 1), rtol=0, atol=1e-5)
     assert tiny_model.embed_text([]).shape == tiny_model.embed_audio([]).shape == (0, 1024)
@@ -194,6 +194,8 @@ def test_waveforms_of_another_rate_are_resampled_and_the_first_30_s_count(tiny_m
     whole, start = tiny_model.embed_audio([sound, sound[: 30 * 44_100]], rate=44_100)
     same, other = tiny_model.embed_audio([resample(sound, 44_100), sound])
     assert whole @ start > 0.99999 and whole @ same > 0.99999 and whole @ other < 0.99
+    loud, full = tiny_model.embed_audio([99 * sound, sound / np.abs(sound).max()])
+    assert loud @ full > 0.99999
 
 
 @pytest.mark.parametrize("shape", [(100, 2), (2, 100), (0,), ()])

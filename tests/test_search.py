@@ -258,3 +258,16 @@ def test_the_page_plays_what_matches(command, folder, capsys, monkeypatch):
     monkeypatch.setattr(search.ThreadingHTTPServer, "serve_forever", serve)
     command("--serve", "--port", 0, "--audio", folder)
     assert "http://127.0.0.1:" in capsys.readouterr().out
+
+
+def test_what_is_played_is_the_segment_that_matches(tiny_model, tmp_path, monkeypatch):
+    waveform = noise(35, 5) * np.repeat([0.1, 1, 0.3, 0.6], 320_000)[: 35 * 32_000]
+    path, played = write_wav(tmp_path / "long.wav", waveform), []
+    index = search.SoundIndex.build(tiny_model, tmp_path)
+    monkeypatch.setattr(search.page, "encode_mp3", lambda sound: played.append(sound) or b"")
+    for start, end in ((0, 10), (10, 20), (20, 30), (30, 35)):
+        match = search.Match(path, 0.5, 0.5, start, end)
+        monkeypatch.setattr(index, "search", lambda *arguments, match=match: [match])
+        search.answer(index, 1, "file", "rain")
+        expected = waveform[start * 32_000 : end * 32_000]
+        np.testing.assert_allclose(played.pop(), expected, atol=1e-4)
