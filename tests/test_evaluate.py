@@ -155,6 +155,7 @@ def test_damaged_sounds_are_listed_before_training(place, monkeypatch, tmp_path,
     folder = write_folder(tmp_path / "mine", 6)
     for i in (1, 4):
         (folder / f"{i}.wav").write_bytes(b"no sound")
+    monkeypatch.chdir(tmp_path)
     given = f"{TINY} {folder} --batch-size 2 --out {tmp_path / 'run'}".split()
     monkeypatch.setattr(sys, "argv", ["train.py", *given])
     with pytest.raises(SystemExit):
