@@ -105,9 +105,8 @@ def main():
         before = int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0])
         training_step(*step[1:])
         peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
-        print(f"{name} on a CPU, pieces of 8: {peak:.2f} GiB more than before the step, "
-              f"{predicted(*step, as_gpu=False):.2f} were predicted")
-        return
+        return print(f"{name} on a CPU, pieces of 8: {peak:.2f} GiB more than before the step, "
+                     f"{predicted(*step, as_gpu=False):.2f} were predicted")
     print(f"{PAIRS} pairs ({len(BATCH.segments)} segments, {TOKENS} tokens), predicted, in GiB")
     rows = [(f"stage {stage}, pieces of {n}", training_step, list(BATCH.split(n)), teachers)
             for stage, teachers in ((1, 0), (2, 4)) for n in (64, 32, 16, 8, 4)]
