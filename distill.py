@@ -61,6 +61,7 @@ def main() -> int:
                 teacher = DualEncoder.load(path, device, args.tokenizer)
                 teacher.precision = student.precision
                 write(embeddings(teacher, splits, f"{path} embeds"), stored)
+                del teacher  # it would stay on the GPU
         embedded.append(torch.load(stored, map_location=device, weights_only=True))
 
     def final_loss(audio, text, clip_ids, pair_ids, tau):
@@ -80,9 +81,8 @@ def main() -> int:
 def embeddings(teacher: DualEncoder, splits: list[Split], label: str) -> dict[str, Tensor]:
     """Of all training clips (N, D_m) and captions (P, D_m)."""
     sounds = itertools.chain.from_iterable(split.waveforms for split in splits)
-    clips = sum(len(split.clips) for split in splits)
-    bar = tqdm(sounds, label, clips, unit="clip", leave=False, disable=None)
     captions = [caption for split in splits for caption in split.captions]
+    bar = tqdm(sounds, label, sum(len(split.clips) for split in splits), leave=False, disable=None)
     return {"audio": teacher.embed_audio(bar), "text": teacher.embed_text(captions)}
 
 

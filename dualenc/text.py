@@ -78,7 +78,7 @@ class TextTower(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(Q, L) int64 -> (Q, W): the first token, <s>, of the last layer ("[CLS]")."""
-        mask = (tokens != PAD_ID).long()
+        mask = (tokens != PAD_ID)[:, None, None]  # of another shape, a GPU would be waited for
         return self.roberta(input_ids=tokens, attention_mask=mask).last_hidden_state[:, 0]
 
 
