@@ -18,7 +18,7 @@ from dualenc.data import Split, training_splits
 from dualenc.errors import Parser, run
 from dualenc.losses import contrastive_loss, distillation_loss
 from dualenc.model import DualEncoder, choose_device, read_checkpoint
-from dualenc.training import first_process_first, start_processes, write
+from dualenc.training import first_process_first, join_processes, write
 from train import add_training_options, begin, train
 
 
@@ -39,7 +39,8 @@ def parse_arguments():
 
 def main() -> int:
     args = parse_arguments()
-    device = start_processes(choose_device(args.device))
+    device = choose_device(args.device)
+    join_processes(device)
 
     # --- What is trained on, and what chooses the best epoch (section 3) ---
     splits, held_out = training_splits(args.datasets, args.validation, args.data_dir)

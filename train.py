@@ -24,7 +24,7 @@ from dualenc.metrics import retrieval_metrics
 from dualenc.model import PRECISIONS, PRESETS, DualEncoder, choose_device, choose_precision
 from dualenc.page import write_curves
 from dualenc.training import (
-    RANK, WORLD, Run, first_process_first, learning_rate, seed_of, start_processes, stop_signals,
+    RANK, WORLD, Run, first_process_first, join_processes, learning_rate, seed_of, stop_signals,
     sum_gradients, write,
 )
 
@@ -72,7 +72,8 @@ def add_training_options(parser: Parser) -> None:
 
 def main() -> int:
     args = parse_arguments()
-    device = start_processes(choose_device(args.device))
+    device = choose_device(args.device)
+    join_processes(device)
 
     # --- What is trained on, and what chooses the best epoch (section 3) ---
     splits, held_out = training_splits(args.datasets, args.validation, args.data_dir)
@@ -124,14 +125,12 @@ def begin(args, model: DualEncoder, splits, held_out, **settings) -> tuple[Run, 
         this = Run(args.out, settings)
         decode([*splits, held_out], args.cache_dir or args.data_dir / "cache")
     if RANK == 0:
-        parts = model, model.audio, model.text
-        sizes = [f"{sum(p.numel() for p in part.parameters()) / 1e6:.1f} M" for part in parts]
+        size = sum(weights.numel() for weights in model.parameters()) / 1e6
         many = f" in each of {WORLD} processes" if WORLD > 1 else ""
         print(f"device      {model.device}{many}, towers in {precision}")
-        print("model       {}, {} parameters (PaSST {}, RoBERTa {})".format(preset, *sizes))
+        print(f"model       {preset}, {size:.1f} M parameters")
         print(*(f"train on    {split}" for split in splits), f"validate on {held_out}", sep="\n")
-        size = f"{args.epochs} epochs, {args.batch_size} pairs each"
-        print(f"steps       {len(batches):,} an epoch, {size}")
+        print(f"steps       {len(batches):,} an epoch, of {args.batch_size} pairs")
         print(f"run         {this.folder}", flush=True)
     return this, batches
 

@@ -52,11 +52,10 @@ def load_audio(path: AnyPath, max_samples: int | None = None, faults: list | Non
     A waveform that peaks above full scale, as float files may, is divided by its peak. Errors and
     faults are those of stream_audio.
     """
-    blocks, total = [], 0
+    blocks = []
     for block in stream_audio(path, faults):
         blocks.append(block)
-        total += len(block)
-        if max_samples is not None and total >= max_samples:
+        if max_samples is not None and sum(map(len, blocks)) >= max_samples:
             break
     waveform = np.concatenate(blocks)[:max_samples]
     return waveform / max(1.0, np.abs(waveform).max())
@@ -72,10 +71,11 @@ def stream_audio(path: AnyPath, faults: list | None = None) -> Iterator[np.ndarr
         raise InputError(f"{path}: {'is not a file' if Path(path).exists() else 'no such file'}")
     block = None
     try:
-        for block in _decode(path, [] if faults is None else faults):
+        for block in all_channels(path, [] if faults is None else faults):
             if not np.isfinite(block).all():
                 raise InputError(f"{path}: holds samples that are not finite numbers")
-            yield block
+            # Not by FFmpeg, which would add the channels of stereo at 0.71 each.
+            yield block.mean(axis=1, dtype=np.float32)
     except (av.error.FFmpegError, OSError) as error:
         reason = error.strerror or error
         raise InputError(f"{path}: cannot be read as a sound ({reason})") from error
@@ -83,11 +83,13 @@ def stream_audio(path: AnyPath, faults: list | None = None) -> Iterator[np.ndarr
         raise InputError(f"{path}: holds no sound")
 
 
-def _decode(path: AnyPath, faults: list[str]) -> Iterator[np.ndarray]:
+def all_channels(path: AnyPath, faults: list[str]) -> Iterator[np.ndarray]:
+    """The blocks of stream_audio with all channels, (320000, channels) float32; FFmpeg's errors."""
     # "file:", or a colon in a name would stand for a protocol; metadata may be in any encoding.
     with av.open(f"file:{os.fspath(path)}", metadata_errors="ignore") as file:
         stream = next(iter(file.streams.audio), None)
         graph, form, seconds = None, None, 0.0
+        promised = _promised_seconds(path, file, stream) if stream else 0.0
         for frame in _frames(file, stream, faults) if stream else ():
             seconds += frame.samples / frame.sample_rate
             if form != (frame.format.name, frame.layout.name, frame.sample_rate):
@@ -97,7 +99,6 @@ def _decode(path: AnyPath, faults: list[str]) -> Iterator[np.ndarray]:
             frame.pts = None  # else a gap in the time stamps would be filled
             yield from _resampled(graph, frame)
         yield from _resampled(graph, None)
-        promised = _promised_seconds(path, file, stream) if stream else 0.0
         if promised - seconds > max(CUT_SECONDS, CUT_SHARE * promised):
             faults.append(f"is cut off: {seconds:.1f} s of {promised:.1f} s are there")
 
@@ -127,43 +128,29 @@ def _resampler(form: str, layout: str, rate: int) -> Graph:
 
 
 def _resampled(graph: Graph | None, frame: av.AudioFrame | None) -> Iterator[np.ndarray]:
-    """Push a frame through, or None for what is left; yield what comes out.
-
-    The mean over channels is taken here: FFmpeg would add those of stereo at 0.71 each.
-    """
+    """Push a frame through, or None for what is left; yield what comes out, (n, channels)."""
     with contextlib.suppress(av.error.BlockingIOError, av.error.EOFError):
         if graph is not None:
             graph.push(frame)
         while graph is not None:
             out = graph.pull()
-            channels = out.to_ndarray().reshape(-1, out.layout.nb_channels)
-            yield channels.mean(axis=1, dtype=np.float32)
+            yield out.to_ndarray().reshape(-1, out.layout.nb_channels)
 
 
 def _promised_seconds(path: AnyPath, file, stream) -> float:
     """How long the file's header says its sound is; 0 where it does not say."""
-    with open(path, "rb") as raw:
-        head = raw.read(2**16)
+    size, bytes_a_second = os.path.getsize(path), (stream.codec_context.bit_rate or 8) / 8
     if file.format.name == "wav":  # FFmpeg goes by what is there
-        says = int.from_bytes(head[4:8], "little") + 8
-        rate = stream.codec_context.bit_rate / 8 or 1.0
-        return says / rate if os.path.getsize(path) < says < UNKNOWN_BYTES else 0.0
-    if file.format.name in ("mp3", "aac"):  # FFmpeg may estimate, wrong where the bit rate varies
-        at = max(head.find(b"Xing"), head.find(b"Info"))  # its flags, frames and bytes follow
-        if at < 0 or os.path.getsize(path) >= int.from_bytes(head[at + 12 : at + 16], "big"):
-            return 0.0
-    if stream.duration is not None:
-        return float(stream.duration * stream.time_base)
+        with open(path, "rb") as raw:
+            says = int.from_bytes(raw.read(8)[4:], "little") + 8
+        return says / bytes_a_second if size < says < UNKNOWN_BYTES else 0.0
     alone = len(file.streams) == 1 and file.duration is not None
-    return file.duration / av.time_base if alone else 0.0
-
-
-def channel_peak(path: AnyPath) -> float:
-    """The highest level in any channel of a file, full scale = 1."""
-    with av.open(f"file:{os.fspath(path)}") as file:
-        flat = av.AudioResampler("flt")
-        frames = (f for frame in file.decode(audio=0) for f in flat.resample(frame))
-        return max((float(np.abs(frame.to_ndarray()).max()) for frame in frames), default=0.0)
+    seconds = file.duration / av.time_base if alone else 0.0
+    if stream.duration is not None:
+        seconds = float(stream.duration * stream.time_base)
+    # Where an mp3 says nothing, FFmpeg divides its size by its first bit rate.
+    guessed = file.format.name in ("mp3", "aac") and 1.01 * size > seconds * bytes_a_second
+    return 0.0 if guessed else seconds
 
 
 def resample(waveform: np.ndarray, rate: int) -> np.ndarray:
@@ -173,7 +160,7 @@ def resample(waveform: np.ndarray, rate: int) -> np.ndarray:
     graph = _resampler("flt", "mono", rate)
     frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(waveform)[None], "flt", "mono")
     frame.sample_rate = rate
-    return np.concatenate([*_resampled(graph, frame), *_resampled(graph, None)])
+    return np.concatenate([*_resampled(graph, frame), *_resampled(graph, None)])[:, 0]
 
 
 def sounds_below(folder: AnyPath) -> list[Path]:
@@ -229,8 +216,9 @@ def _mel_filters(fmin: float, fmax: float, device: torch.device) -> Tensor:
     """(128, 513): Kaldi's triangular filters; the Nyquist bin, which it leaves out, weighs zero."""
     warp = dict(vtln_low=100.0, vtln_high=-500.0, vtln_warp_factor=1.0)  # none
     kaldi = torchaudio.compliance.kaldi
-    filters, _ = kaldi.get_mel_banks(MEL_BANDS, 1024, SAMPLE_RATE, fmin, fmax, **warp)
-    return F.pad(filters, (0, 1)).to(device)
+    with device:
+        filters, _ = kaldi.get_mel_banks(MEL_BANDS, 1024, SAMPLE_RATE, fmin, fmax, **warp)
+    return F.pad(filters, (0, 1))
 
 
 class LogMel(AugmentMelSTFT):
@@ -318,7 +306,8 @@ class AudioTower(nn.Module):
         with torch.autocast(segments.device.type, enabled=False):
             log_mel = self.mel(segments)
         if self.training:  # together: patchout is drawn once for all
-            return self.passt(log_mel.unsqueeze(1))[1]
+            with log_mel.device:  # where it is to draw, or a GPU would be waited for
+                return self.passt(log_mel.unsqueeze(1))[1]
         # Without gradients, two segments at a time take 0.15 s each on a CPU, 24 take 0.21 (bf16).
         chunks = log_mel.unsqueeze(1).split(2 if log_mel.device.type == "cpu" else 64)
         return torch.cat([self.passt(chunk)[1] for chunk in chunks])

@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from dualenc.audio import SAMPLE_RATE, channel_peak, crop, cut, load_audio, sounds_below, to_int16
+from dualenc.audio import SAMPLE_RATE, all_channels, crop, cut, load_audio, sounds_below, to_int16
 from dualenc.errors import InputError, Parser, printable, replacing, run
 from dualenc.text import tokenize
 
@@ -270,8 +270,8 @@ def decode(splits: Sequence[Split], cache_dir: Path) -> None:
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C, what has not begun does not begin
     if faults:
-        more = "; `python -m dualenc.data check FOLDER` lists all"
-        raise InputError.of("sound files that cannot be used", sorted(faults), more)
+        what = "`python -m dualenc.data check FOLDER` lists all sound files that cannot be used"
+        raise InputError.of(what, sorted(faults))
     for split, targets in zip(splits, stored, strict=True):
         split.waveforms = Waveforms(targets)
 
@@ -396,7 +396,7 @@ class PairBatches(torch.utils.data.Dataset):
 SHORT_SECONDS, SILENT_PEAK = 0.2, 1e-4  # little more than one column of patches; -80 dB
 
 
-def examine(clip: Clip) -> list[str]:
+def faults_of(clip: Clip) -> list[str]:
     """What is wrong with a sound."""
     faults: list[str] = []
     try:
@@ -406,17 +406,9 @@ def examine(clip: Clip) -> list[str]:
     if len(waveform) < SHORT_SECONDS * SAMPLE_RATE:
         faults.append(f"{len(waveform) / SAMPLE_RATE:.3f} s is too short")
     if np.abs(waveform).max() < SILENT_PEAK:
-        loud = channel_peak(clip.path) >= SILENT_PEAK
+        loud = any(np.abs(block).max() > SILENT_PEAK for block in all_channels(clip.path, []))
         faults.append("channels cancel: their mean is silence" if loud else "silent")
     return faults
-
-
-def check(split: Split) -> Iterator[str]:  # its faults
-    yield from (f"{name}: missing" for name in split.missing)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        bar = tqdm(split.clips, f"reading {split.name}", leave=False, disable=None)
-        for clip, faults in zip(bar, pool.map(examine, split.clips), strict=True):
-            yield from (f"{clip.name}: {fault}" for fault in faults)
 
 
 def main() -> int:
@@ -428,11 +420,22 @@ def main() -> int:
              if _places(name, part, folder)[0][0].is_file()]
     total = 0
     for dataset, part in found or [(str(folder), "all")]:
-        split = read_split(dataset, part, folder)
-        print(split)
-        for fault in check(split):
-            print(f"  {printable(fault)}")
+        try:
+            split = read_split(dataset, part, folder)
+        except InputError as error:
+            if not found:
+                raise
+            print(f"{dataset}, {part}\n  {error}")
             total += 1
+            continue
+        print(split)
+        faults = [f"{name}: missing" for name in split.missing]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            bar = tqdm(split.clips, f"reading {split.name}", leave=False, disable=None)
+            for clip, those in zip(bar, pool.map(faults_of, split.clips), strict=True):
+                faults += [f"{clip.name}: {fault}" for fault in those]
+        print(*(f"  {printable(fault)}\n" for fault in faults), sep="", end="")
+        total += len(faults)
     print(f"{total:,} faults" if total != 1 else "1 fault")
     return 1 if total else 0
 

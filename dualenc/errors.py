@@ -18,13 +18,13 @@ class InputError(ValueError):
         super().__init__("\n  ".join(map(printable, lines)))
 
     @classmethod
-    def of(cls, headline: str, faults: Sequence[str], more: str = "") -> "InputError":
-        """One error for faults of one kind: the first twenty, then how many more, and `more`."""
+    def of(cls, headline: str, faults: Sequence[str]) -> "InputError":
+        """One error for faults of one kind: the first twenty, then how many more."""
         if len(faults) == 1:
             return cls(f"{headline}: {faults[0]}")
         lines = [f"{headline} ({len(faults):,}):", *faults[:MAX_LISTED_FAULTS]]
         if len(faults) > MAX_LISTED_FAULTS:
-            lines.append(f"and {len(faults) - MAX_LISTED_FAULTS:,} more{more}")
+            lines.append(f"and {len(faults) - MAX_LISTED_FAULTS:,} more")
         return cls(*lines)
 
 

@@ -16,7 +16,6 @@ from dualenc.errors import InputError
 MAP_CUTOFFS = (10, 16)
 RECALL_CUTOFFS = (1, 5, 10)
 METRICS = tuple(f"mAP@{k}" for k in MAP_CUTOFFS) + tuple(f"R@{k}" for k in RECALL_CUTOFFS)
-CONFIDENCE = 0.95  # of the intervals
 BLOCK_BYTES = 16 * 2**20  # of similarities at a time; the whole matrix is never held
 
 
@@ -35,33 +34,29 @@ def ranks(text: Tensor, audio: Tensor, relevant: Sequence[Sequence[int]]) -> lis
     """For each query the ranks by cosine (from 1, ascending) of its relevant candidates.
 
     Of equal cosines the lower index ranks first. As nothing is above NaN, it would always rank
-    first: an embedding that is not finite is an InputError.
+    first: an embedding that is not finite is an InputError, and so is a query for which nothing is
+    relevant, or the same twice.
     """
+    if not all(0 < len(set(found)) == len(found) for found in relevant):
+        raise InputError("relevant: each query needs one candidate or more, and none twice")
     text, audio = text.float(), audio.float()
     if not (text.isfinite().all() and audio.isfinite().all()):
         raise InputError("embeddings are not finite numbers: the model has diverged or is damaged")
     counts = torch.tensor([len(found) for found in relevant])
     query = torch.repeat_interleave(torch.arange(len(counts)), counts)  # (P,)
-    candidate = torch.tensor([index for found in relevant for index in found])  # (P,)
+    candidate = np.concatenate([*relevant, []]).astype(int)[:, None]  # (P, 1)
+    index = np.arange(len(audio))
     block = torch.empty(max(1, BLOCK_BYTES // (4 * len(audio))), len(audio))  # used again and again
-    found = torch.empty_like(query)
+    rank = torch.empty_like(query)
     for pairs in torch.arange(len(query)).split(len(block)):
-        similarity = torch.mm(text[query[pairs]], audio.T, out=block[: len(pairs)])
-        found[pairs] = _ranks_of_pairs(similarity.numpy(), candidate[pairs].numpy())
-    ascending = (query * (len(audio) + 1) + found).argsort()  # query by query
-    return list(found[ascending].split(counts.tolist()))
-
-
-def _ranks_of_pairs(similarity: np.ndarray, candidate: np.ndarray) -> Tensor:
-    """(rows, N), (rows,) -> (rows,) the rank of each row's candidate, from 1."""
-    own = np.take_along_axis(similarity, candidate[:, None], axis=1)
-    # NumPy counts true values several times faster than torch sums them.
-    ranks = 1 + np.count_nonzero(similarity > own, axis=1)
-    equal = similarity == own
-    tied = np.flatnonzero(np.count_nonzero(equal, axis=1) > 1)  # with more than itself
-    before = np.arange(similarity.shape[1]) < candidate[tied, None]
-    ranks[tied] += np.count_nonzero(equal[tied] & before, axis=1)
-    return torch.from_numpy(ranks)
+        similarity = torch.mm(text[query[pairs]], audio.T, out=block[: len(pairs)]).numpy()
+        its = candidate[pairs.numpy()]
+        own = np.take_along_axis(similarity, its, axis=1)
+        before = (similarity > own) | (similarity == own) & (index < its)
+        # NumPy counts true values several times faster than torch sums them.
+        rank[pairs] = torch.from_numpy(1 + np.count_nonzero(before, axis=1))
+    ascending = (query * (len(audio) + 1) + rank).argsort()  # query by query
+    return list(rank[ascending].split(counts.tolist()))
 
 
 def query_metrics(ranks: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -104,6 +99,5 @@ def bootstrap(
 
 def interval(means: np.ndarray) -> tuple[float, float]:
     """The middle 95 % of bootstrap means: their percentile interval."""
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
+    low, high = np.quantile(means, [0.025, 0.975]).tolist()
+    return low, high

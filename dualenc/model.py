@@ -30,7 +30,6 @@ from dualenc.text import (
     PAD_ID, ROBERTA, TextTower, load_tokenizer, prepared, published_roberta, tokenize, train_bpe,
 )
 
-FORMAT = "dualenc 2"  # of checkpoints; raise it when older readers would misread one
 EMBED_CLIPS, EMBED_CAPTIONS = 8, 64  # at a time, without gradients
 Sound = str | os.PathLike | np.ndarray | Tensor  # a path, or a waveform
 TITLES = {"clotho": "Clotho", "audiocaps": "AudioCaps", "wavcaps": "WavCaps"}
@@ -61,20 +60,6 @@ class DualEncoderConfig:
     embedding: int = 1024
     tau: float = 0.05
 
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), type(field.default)
-            if not isinstance(value, kind) or (kind is int and value < 1):
-                raise ValueError(f"{field.name} is {value!r}")
-
-    def roberta(self) -> RobertaConfig:
-        """The text tower's part, as transformers takes it."""
-        return RobertaConfig(
-            **{name: getattr(self, name) for name in ROBERTA_SIZES},
-            hidden_dropout_prob=self.text_dropout, attention_probs_dropout_prob=self.text_dropout,
-            layer_norm_eps=1e-5, type_vocab_size=1, pad_token_id=PAD_ID,
-        )
-
 
 ROBERTA_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
                  "intermediate_size", "max_position_embeddings")  # by transformers' names
@@ -102,7 +87,11 @@ class DualEncoder(nn.Module):
         self.precision: torch.dtype | None = None  # the towers' autocast type; None is float32
         sizes = config.audio_width, config.audio_depth, config.audio_heads
         self.audio = AudioTower(*sizes, config.patch, config.patchout)
-        self.text = TextTower(config.roberta())
+        self.text = TextTower(RobertaConfig(
+            **{name: getattr(config, name) for name in ROBERTA_SIZES}, pad_token_id=PAD_ID,
+            hidden_dropout_prob=config.text_dropout, layer_norm_eps=1e-5, type_vocab_size=1,
+            attention_probs_dropout_prob=config.text_dropout,
+        ))
         self.audio_projection = nn.Linear(config.audio_width, config.embedding)
         self.text_projection = nn.Linear(config.hidden_size, config.embedding)
         self.register_buffer("tau", torch.tensor(config.tau))  # fixed, of both losses
@@ -231,9 +220,8 @@ class DualEncoder(nn.Module):
     def checkpoint(self) -> dict:
         """All that load() needs, made of plain values and tensors."""
         return {
-            "format": FORMAT, "config": dataclasses.asdict(self.config),
-            "tokenizer": self.tokenizer.to_str(), "trained_on": self.trained_on,
-            "stage": self.stage, "model": self.state_dict(),
+            "config": dataclasses.asdict(self.config), "tokenizer": self.tokenizer.to_str(),
+            "trained_on": self.trained_on, "stage": self.stage, "model": self.state_dict(),
         }
 
     def save(self, path: AnyPath) -> None:
@@ -309,8 +297,6 @@ def read_checkpoint(path: AnyPath) -> dict:
         if "state_dict" in saved:
             return _from_baseline(saved)
         DualEncoderConfig(**saved["config"])
-        if saved["format"] != FORMAT:
-            raise ValueError(f"its format is {saved['format']}, not {FORMAT}")
         return saved
     except Exception as error:  # torch.load raises whatever its parsers meet
         why = (str(error) or repr(error)).splitlines()[0][:80]
@@ -373,10 +359,15 @@ def choose_device(name: str) -> torch.device:
     """The device that --device names; "auto" is a GPU where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":  # each of torchrun's processes has its own
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        return torch.zeros(1, device=name).device
+        device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: cannot be used here; try --device cpu") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # of which NCCL and is_bf16_supported speak
+    return device
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype | None:

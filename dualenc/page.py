@@ -99,6 +99,15 @@ def write_evaluation(
         temporary.write_text(document(title, body, held), "utf-8", "backslashreplace")
 
 
+def as_text(columns: Sequence[str], lines: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """A table for a terminal, of the same columns and lines as the page's."""
+    first = max(len(label) for label, _ in lines)
+    width = 2 + max(len(cell) for cells in [columns, *(row for _, row in lines)] for cell in cells)
+    rows = [(label, "".join(f"{cell:>{width}}" for cell in row)) for label, row in
+            [("", columns), *lines]]
+    return "\n".join(f"{label:{first}}{cells}" for label, cells in rows)
+
+
 def _table(columns: Sequence[str], lines: Sequence[tuple[str, Sequence[str]]]) -> str:
     def row(label: str, cells: Sequence[str], tag: str = "td") -> str:
         below = " class=below" if label.startswith("  ") else ""

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, processors
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, RobertaConfig, RobertaModel
+from transformers import AutoTokenizer, RobertaConfig, RobertaModel
 from transformers.utils import logging
 
 from dualenc.errors import InputError
@@ -41,14 +41,11 @@ def tokenize(tokenizer: Tokenizer, captions: Sequence[str]) -> Tensor:
 
 def train_bpe(captions: Iterable[str], vocabulary: int) -> Tokenizer:
     """Train a byte-level BPE of RoBERTa's form on captions: the tiny preset needs no download."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=SPECIAL_TOKENS, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(
+        map(normalise, captions), vocabulary, special_tokens=SPECIAL_TOKENS, show_progress=False
     )
-    tokenizer.train_from_iterator(map(normalise, captions), trainer)
+    tokenizer = Tokenizer.from_str(bpe.to_str())
     tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
     return prepared(tokenizer)
 
@@ -85,10 +82,11 @@ class TextTower(nn.Module):
 def published_roberta(source: str) -> RobertaModel:
     """A RoBERTa without pooler: a name at the hub, or a folder written by save_pretrained."""
     way_out = "--text-model (or train with --preset tiny)"
-    kind = _published(AutoConfig, source, way_out).model_type
-    if kind != "roberta":
-        raise InputError(f"{source}: is a {kind}, not a roberta")
-    return _published(RobertaModel, source, way_out, add_pooling_layer=False)
+    options = dict(add_pooling_layer=False, output_loading_info=True)
+    model, info = _published(RobertaModel, source, way_out, **options)
+    if info["missing_keys"]:  # for which transformers has drawn random ones
+        raise InputError(f"{source}: is no RoBERTa: lacks {min(info['missing_keys'])}")
+    return model
 
 
 def _published(kind: type, source: str | os.PathLike, option: str, **options):

@@ -53,15 +53,11 @@ WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0
 PATIENCE = datetime.timedelta(hours=12)
 
 
-def start_processes(device: torch.device) -> torch.device:
-    """Join the others, if any; returns this process's own device."""
-    if WORLD > 1 and device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+def join_processes(device: torch.device) -> None:
+    """Of this process, which is on that device, with the others, if there are any."""
     if WORLD > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=PATIENCE)
-    return device
 
 
 @contextlib.contextmanager

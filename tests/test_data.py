@@ -180,6 +180,19 @@ def test_check(tmp_path, monkeypatch, capsys):
         assert fault in out
 
 
+def test_check_goes_on_where_sounds_are_missing(tmp_path, monkeypatch, capsys):
+    for name in ("development", "evaluation"):
+        table = f"file_name,caption_1\n{name}.wav,a dog\n"
+        (tmp_path / f"clotho_captions_{name}.csv").write_text(table)
+    (tmp_path / "evaluation").mkdir()
+    write_wav(tmp_path / "evaluation" / "evaluation.wav", noise(1.0))
+    monkeypatch.setattr(sys, "argv", ["data.py", "check", str(tmp_path)])
+    assert data.main() == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "clotho, train" in lines[0] and "no clotho here" in lines[1] and lines[-1] == "1 fault"
+    assert "clotho/evaluation: 1 clips" in lines[2]
+
+
 # --- Batches ---
 
 

@@ -137,6 +137,9 @@ def test_embeddings_that_are_not_finite_are_not_ranked():
     for text, audio in ((bad, torch.eye(2)), (torch.eye(2), bad)):
         with pytest.raises(InputError, match="diverged"):
             ranks(text, audio, [[0], [1]])
+    for relevant in ([[0], []], [[0], [1, 1]]):
+        with pytest.raises(InputError, match="one candidate or more, and none twice"):
+            ranks(torch.eye(2), torch.eye(2), relevant)
 
 
 # --- How sure ---

@@ -30,8 +30,6 @@ PRETENDED = torch.device("cuda", 7)  # unlike a real one: what is cached by devi
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 ONE_TYPE = ("mm addmm bmm linear matmul convolution conv2d native_layer_norm segment_reduce "
             "_fft_r2c").split()  # what takes floats of one type only
-# All that a step waits for: the mel filters are copied, and PaSST draws patchout on the CPU.
-WAITED_FOR = {"_to_copy (128, 513)", "index (47,)", "index (6,)", "index (95,)"}
 
 
 class PretendedGPU(TorchDispatchMode):
@@ -119,7 +117,7 @@ def test_devices_and_types_fit(precision, tmp_path):
         teacher = [torch.zeros(6, 512, device=PRETENDED)[ids]]
         contrastive_loss(audio, text, ids, model.tau)
         distillation_loss(audio, text, teacher, teacher, model.tau)
-    assert gpu.waits <= WAITED_FOR
+    assert not gpu.waits  # within a step
     assert gpu.types.pop("convolution") == {own}  # autocast was on
     assert gpu.types.pop("addmm") == {own, torch.float32}  # and not for heads,
     assert set.union(*gpu.types.values()) == {torch.float32}  # log-mel, norms and losses
@@ -128,7 +126,7 @@ def test_devices_and_types_fit(precision, tmp_path):
     model.precision = precision
     with pretended_gpu() as gpu, mock.patch("dualenc.model.checkpoint", checked):
         assert {t.device for t in model.encode_pairs(batch, 3)} == {PRETENDED}
-        assert gpu.waits <= WAITED_FOR
+        assert not gpu.waits  # within a step
         audio, text = model.embed_audio([noise(11), noise(4)]), model.embed_text(CAPTIONS)
         shares, *_ = embed_file(model, write_wav(tmp_path / "a.wav", noise(11)))
     assert all(t.device.type == "cpu" and t.dtype == torch.float32 for t in (audio, text, shares))

@@ -37,4 +37,4 @@ def test_the_ceilings_in_lines():
     assert long <= {"train.train"} and max(LINES[path] for path in NODES) <= 450
     assert total("tests/*.py") <= 2_500 and total("benchmarks/*.*") <= 520
     assert total("README.md") <= 200 and total("*.py", "dualenc/*.*", "demo.sh") <= 3_500
-    assert sum(LINES[FILES[name]] for name in CORE) <= 2_400
+    assert sum(LINES[FILES[name]] for name in CORE) <= 2_350
