@@ -14,12 +14,13 @@ from pathlib import Path
 
 CAPTIONS = "a {} sound", "the sound of {}", "{} can be heard", "a recording of {}", "this is {}"
 COMMANDS = """\
-python train.py --data-dir {data} --preset tiny --seed 0 --out {runs}/teacher0
-python train.py --data-dir {data} --preset tiny --seed 1 --out {runs}/teacher1
-python distill.py --data-dir {data} --max-lr 5e-4 --out {runs}/student \\
-    --teachers {runs}/teacher0/best.pt {runs}/teacher1/best.pt
-python train.py --data-dir {data} --preset tiny --max-lr 5e-4 --out {runs}/longer \\
-    --init {runs}/teacher0/best.pt      # as long as the student, without teachers
+common="--data-dir {data} --captions-per-clip 2"
+teacher="$common --preset tiny --epochs 10 --decay-epochs 9" student="$common --max-lr 5e-4
+    --epochs 6 --decay-epochs 5"
+python train.py $teacher --seed 0 --out {runs}/teacher0
+python train.py $teacher --seed 1 --out {runs}/teacher1
+python distill.py $student --out {runs}/student --teachers {runs}/teacher{{0,1}}/best.pt
+python train.py $student --out {runs}/longer --init {runs}/teacher0/best.pt   # without teachers
 python evaluate.py --data-dir {data} --checkpoint {runs}/{{teacher0,longer,student}}/best.pt"""
 parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
 parser.add_argument("checkout", type=Path)
