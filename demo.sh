@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The four rows of Table 1: for each training set two teachers and a student, then one evaluation.
 #
-#   ./demo.sh                            on miniature data, in some five minutes on two cores
+#   ./demo.sh                            on miniature data, in five to six minutes on two cores
 #   SEEDS="0 1 2 3 4" ./demo.sh          with several seeds: means and standard deviations
 #   DATA=data PRESET=report ./demo.sh    on the real data in data/, with the report's settings
 # Repeated, it goes on where it was interrupted.

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dualenc.audio import sounds_below
-from dualenc.data import Clip, Split, decode, read_csv, read_split, was_seen
+from dualenc.data import Split, decode, read_csv, read_split, split_of_sounds, was_seen
 from dualenc.errors import InputError, Parser, replacing, run
 from dualenc.metrics import METRICS, bootstrap, interval, query_metrics, ranks
 from dualenc.model import (
@@ -68,8 +67,8 @@ def parse_arguments():
         args.checkpoint = [newest_checkpoint()]
     if len(args.checkpoint) + bool(args.ensemble) > 1 and (args.html or args.submission):
         parser.error("--html and --submission take one --checkpoint, or one --ensemble")
-    if bool(args.queries) != bool(args.audio) or (args.audio and not args.submission):
-        parser.error("--queries, --audio and --submission go together")
+    if bool(args.queries) != bool(args.audio) or args.audio and (args.html or not args.submission):
+        parser.error("--queries, --audio and --submission go together, without --html")
     for path in filter(None, (args.json, args.html, args.submission)):
         if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
             raise InputError(f"{path}: cannot be written; name a file in a folder that is there")
@@ -82,8 +81,7 @@ def main() -> int:
 
     # --- What is ranked, and by which models ---
     if args.audio:
-        clips = [Clip(str(p.relative_to(args.audio)), p, ()) for p in sounds_below(args.audio)]
-        split = Split(f"{args.audio.name}@/all", args.audio, clips, [])
+        split = split_of_sounds(args.audio)
         queries = [row["caption"] for row in read_csv(args.queries, ["caption"])]
     else:
         split = read_split(args.dataset, args.split, args.data_dir)
@@ -98,7 +96,7 @@ def main() -> int:
     decode([split], args.cache_dir or args.data_dir / "cache")
     print(f"evaluate on {split}")
     rows = []
-    for paths, was_it in zip(models, seen, strict=True):
+    for paths, any_seen in zip(models, seen, strict=True):
         members, labels = [], []
         for path in paths:
             model = DualEncoder.load(path, device, args.tokenizer)
@@ -109,7 +107,7 @@ def main() -> int:
         label = " and ".join(dict.fromkeys(labels)) + ", ensemble" * (len(paths) > 1)
         name, (audio, text) = " + ".join(map(str, paths)), joined(members)
         figures = {} if args.audio else measure(audio, text, split, annotations)
-        rows.append(Row(name, label, was_it, audio, text, figures))
+        rows.append(Row(name, label, any_seen, audio, text, figures))
         print(f"checkpoint  {name}: {label}")
 
     # --- Table 1, and the files ---
@@ -126,9 +124,10 @@ def main() -> int:
     if args.submission:
         write_submission(args.submission, queries, split, rows[0])
     if args.html:
+        runs = [path if path.is_dir() else path.parent for path in models[0]]
         write_evaluation(
             args.html, f"{rows[0].label} on {split.name}", f"{split}\n{about}", list(COLUMNS),
-            lines, [path.parent for path in models[0]], [clip.name for clip in split.clips],
+            lines, runs, [clip.name for clip in split.clips],
             [clip.path for clip in split.clips], split.captions, split.clip_of_caption,
             rows[0].text, rows[0].audio, annotations,
         )

@@ -150,6 +150,7 @@ def train(args, this: Run, model: DualEncoder, batches: PairBatches, held_out, l
     loader = iter(DataLoader(
         batches, batch_size=None, sampler=range(this.step, end), num_workers=args.workers,
         pin_memory=device.type == "cuda", worker_init_fn=leave_ctrl_c_to_parent,
+        multiprocessing_context="fork" if args.workers else None,
     ))
     bar = tqdm(
         total=end * args.batch_size, initial=this.step * args.batch_size, unit="pair",
@@ -182,8 +183,9 @@ def train(args, this: Run, model: DualEncoder, batches: PairBatches, held_out, l
             # forward: this process's share, then everyone's; every other clip is a negative
             audio, text = model.encode_pairs(batch, args.micro_batch)  # (B_r, D)
             audio, text = gather(audio), gather(text)  # (B, D)
-            ids = (ids.to(device, non_blocking=True) for ids in (batch.clip_ids, batch.pair_ids))
-            losses = loss_of(audio, text, *ids, model.tau)
+            clip_ids = batch.clip_ids.to(device, non_blocking=True)  # (B,)
+            pair_ids = batch.pair_ids.to(device, non_blocking=True)
+            losses = loss_of(audio, text, clip_ids, pair_ids, model.tau)
 
             # backward: summed over processes, the whole batch's gradient
             scaler.scale(losses["loss"]).backward()
@@ -210,10 +212,11 @@ def train(args, this: Run, model: DualEncoder, batches: PairBatches, held_out, l
         print(f"{signal.Signals(stopped[0]).name} after step {this.step:,}: saved in "
               f"{this.last_path}; the same command goes on from there.")
     elif RANK == 0:
-        named = {"clotho", "audiocaps"} & set(args.datasets)
-        where = "" if named else f" --dataset {shlex.quote(args.datasets[0])} --split val"
+        own = [] if {"clotho", "audiocaps"} & {*args.datasets} else [
+            "--dataset", args.validation or args.datasets[0], "--split", "val"]
+        command = shlex.join(["--checkpoint", str(this.best_path), *own])
         print(f"Done after step {this.step:,}. Best validation mAP@10 {100 * this.best:.2f} %: "
-              f"{this.best_path}\nNext: python evaluate.py --checkpoint {this.best_path}{where}")
+              f"{this.best_path}\nNext: python evaluate.py {command}")
     return 130 if stopped and stopped[0] == signal.SIGINT else 0
 
 

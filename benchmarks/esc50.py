@@ -14,9 +14,8 @@ from pathlib import Path
 
 CAPTIONS = "a {} sound", "the sound of {}", "{} can be heard", "a recording of {}", "this is {}"
 COMMANDS = """\
-common="--data-dir {data} --captions-per-clip 2"
-teacher="$common --preset tiny --epochs 10 --decay-epochs 9" student="$common --max-lr 5e-4
-    --epochs 6 --decay-epochs 5"
+teacher="--data-dir {data} --captions-per-clip 2 --preset tiny --epochs 10 --decay-epochs 9"
+student="--data-dir {data} --captions-per-clip 2 --max-lr 5e-4 --epochs 6 --decay-epochs 5"
 python train.py $teacher --seed 0 --out {runs}/teacher0
 python train.py $teacher --seed 1 --out {runs}/teacher1
 python distill.py $student --out {runs}/student --teachers {runs}/teacher{{0,1}}/best.pt

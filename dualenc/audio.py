@@ -5,6 +5,7 @@ n samples at 32 kHz, S segments of 10 s, F = 1000 frames of a segment, W = 768 v
 
 import contextlib
 import functools
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,18 +47,13 @@ CUT_SECONDS, CUT_SHARE = 0.1, 0.01  # shorter than promised by more than both: c
 UNKNOWN_BYTES = 0x7FFF_F000  # from here on a wav's size was written before its sound
 
 
-def load_audio(path: AnyPath, max_samples: int | None = None, faults: list | None = None):
-    """Decode a sound file, or its first max_samples: (n,) float32, mono, 32 kHz, n >= 1.
+def load_audio(path: AnyPath, max_segments: int | None = None, faults: list | None = None):
+    """Decode a sound file, or its first max_segments * 10 s: (n,) float32, mono, 32 kHz, n >= 1.
 
     A waveform that peaks above full scale, as float files may, is divided by its peak. Errors and
     faults are those of stream_audio.
     """
-    blocks = []
-    for block in stream_audio(path, faults):
-        blocks.append(block)
-        if max_samples is not None and sum(map(len, blocks)) >= max_samples:
-            break
-    waveform = np.concatenate(blocks)[:max_samples]
+    waveform = np.concatenate([*itertools.islice(stream_audio(path, faults), max_segments)])
     return waveform / max(1.0, np.abs(waveform).max())
 
 
@@ -69,22 +65,27 @@ def stream_audio(path: AnyPath, faults: list | None = None) -> Iterator[np.ndarr
     """
     if not Path(path).is_file():  # to open a pipe would be to wait for it
         raise InputError(f"{path}: {'is not a file' if Path(path).exists() else 'no such file'}")
-    block = None
+    block, rest = None, np.zeros(0, np.float32)
     try:
         for block in all_channels(path, [] if faults is None else faults):
             if not np.isfinite(block).all():
                 raise InputError(f"{path}: holds samples that are not finite numbers")
             # Not by FFmpeg, which would add the channels of stereo at 0.71 each.
-            yield block.mean(axis=1, dtype=np.float32)
+            rest = np.append(rest, block.mean(axis=1, dtype=np.float32))
+            if len(rest) >= SEGMENT_SAMPLES:  # a joined file's blocks may have any length
+                yield rest[:SEGMENT_SAMPLES]
+                rest = rest[SEGMENT_SAMPLES:]
     except (av.error.FFmpegError, OSError) as error:
         reason = error.strerror or error
         raise InputError(f"{path}: cannot be read as a sound ({reason})") from error
     if block is None:
         raise InputError(f"{path}: holds no sound")
+    if len(rest):
+        yield rest
 
 
 def all_channels(path: AnyPath, faults: list[str]) -> Iterator[np.ndarray]:
-    """The blocks of stream_audio with all channels, (320000, channels) float32; FFmpeg's errors."""
+    """Decode a file in blocks with all channels, (n, channels) float32; errors are FFmpeg's own."""
     # "file:", or a colon in a name would stand for a protocol; metadata may be in any encoding.
     with av.open(f"file:{os.fspath(path)}", metadata_errors="ignore") as file:
         stream = next(iter(file.streams.audio), None)

@@ -5,8 +5,7 @@
 Whatever is drawn here (the order of an epoch, a crop) is seeded from (seed, epoch, index): workers,
 processes and resumed runs see the same batches.
 
-n samples at 32 kHz; B pairs of a batch, B_r of a process's share; C clips, S segments of a share; L
-tokens.
+n samples at 32 kHz; B pairs of a batch, B_r of a process's share, C clips, S segments, L tokens.
 """
 
 import collections
@@ -162,11 +161,19 @@ def read_split(dataset: str, part: str, data_dir: Path) -> Split:
     return Split(name, table, clips, missing)
 
 
+def split_of_sounds(folder: Path) -> Split:
+    """All sounds below a folder, without captions; an InputError where there is none."""
+    clips = [Clip(os.path.relpath(path, folder), path, ()) for path in sounds_below(folder)]
+    if not clips:
+        raise InputError(f"{folder}: no sound file in it")
+    return Split(f"{folder.name}@/all", folder, clips, [])
+
+
 def _places(dataset: str, part: str, data_dir: Path) -> list[tuple[Path, Path]]:
     """Where a split may lie: csv file and folder of sounds; the first, where they are there."""
-    roots, places = PLACES[dataset]
+    (roots, places), name = PLACES[dataset], SPLITS.get(part, part)
     found = [
-        tuple(data_dir / root / path.format(split=part, name=SPLITS[part]) for path in place)
+        tuple(data_dir / root / path.format(split=part, name=name) for path in place)
         for root in roots for place in places
     ]
     return sorted(found, key=lambda place: (not place[0].is_file(), not place[1].is_dir()))
@@ -310,8 +317,9 @@ class Batch:
     pair_ids: Tensor  # (B,)
 
     def inputs(self, device: torch.device) -> list[Tensor]:
-        """What the model encodes: the first four, on its device."""
-        return [t.to(device, non_blocking=True) for t in list(vars(self).values())[:4]]
+        """What the model encodes, on its device."""
+        tensors = self.segments, self.counts, self.clip_of_pair, self.tokens
+        return [tensor.to(device, non_blocking=True) for tensor in tensors]
 
     def pin_memory(self) -> "Batch":
         return Batch(*(tensor.pin_memory() for tensor in vars(self).values()))
@@ -351,8 +359,8 @@ class PairBatches(torch.utils.data.Dataset):
         self.batch_size, self.share, self.rank = batch_size, batch_size // world, rank
         self._order: tuple = (None,)  # an epoch, and what order() said of it
         if len(self.captions) < batch_size or batch_size % world:
-            raise InputError(f"--batch-size {batch_size}: there are {len(self.captions):,} pairs "
-                             f"for a batch, and {world} processes, which have to divide it")
+            raise InputError(f"--batch-size {batch_size}: at most the {len(self.captions):,} pairs "
+                             f"that there are, and a multiple of the processes ({world})")
 
     def __len__(self) -> int:
         return len(self.captions) // self.batch_size
@@ -393,7 +401,7 @@ class PairBatches(torch.utils.data.Dataset):
 
 # --- python -m dualenc.data check FOLDER ---
 
-SHORT_SECONDS, SILENT_PEAK = 0.2, 1e-4  # little more than one column of patches; -80 dB
+SILENT_PEAK = 1e-4  # -80 dB
 
 
 def faults_of(clip: Clip) -> list[str]:
@@ -403,8 +411,6 @@ def faults_of(clip: Clip) -> list[str]:
         waveform = load_audio(clip.path, faults=faults)
     except InputError as error:
         return [str(error).removeprefix(f"{clip.path}: ")]
-    if len(waveform) < SHORT_SECONDS * SAMPLE_RATE:
-        faults.append(f"{len(waveform) / SAMPLE_RATE:.3f} s is too short")
     if np.abs(waveform).max() < SILENT_PEAK:
         loud = any(np.abs(block).max() > SILENT_PEAK for block in all_channels(clip.path, []))
         faults.append("channels cancel: their mean is silence" if loud else "silent")
@@ -418,23 +424,22 @@ def main() -> int:
     folder = parser.parse_args().folder
     found = [(name, part) for name in PLACES for part in SPLITS
              if _places(name, part, folder)[0][0].is_file()]
+    if (folder / "captions.csv").is_file():
+        found = [(str(folder), "all")]
+    sounds_below(folder)  # or there is no such folder
     total = 0
-    for dataset, part in found or [(str(folder), "all")]:
+    for dataset, part in found or [(None, "all")]:
         try:
-            split = read_split(dataset, part, folder)
-        except InputError as error:
-            if not found:
-                raise
-            print(f"{dataset}, {part}\n  {error}")
-            total += 1
-            continue
-        print(split)
-        faults = [f"{name}: missing" for name in split.missing]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            bar = tqdm(split.clips, f"reading {split.name}", leave=False, disable=None)
-            for clip, those in zip(bar, pool.map(faults_of, split.clips), strict=True):
-                faults += [f"{clip.name}: {fault}" for fault in those]
-        print(*(f"  {printable(fault)}\n" for fault in faults), sep="", end="")
+            split = read_split(dataset, part, folder) if dataset else split_of_sounds(folder)
+            print(split)
+            faults = [f"{printable(name)}: missing" for name in split.missing]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                bar = tqdm(split.clips, f"reading {split.name}", leave=False, disable=None)
+                for clip, those in zip(bar, pool.map(faults_of, split.clips), strict=True):
+                    faults += [f"{printable(clip.name)}: {fault}" for fault in those]
+        except InputError as error:  # of one csv: the others are read all the same
+            faults = [str(error)]
+        print(*(f"  {fault}\n" for fault in faults), sep="", end="")
         total += len(faults)
     print(f"{total:,} faults" if total != 1 else "1 fault")
     return 1 if total else 0

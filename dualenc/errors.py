@@ -63,7 +63,7 @@ def run(main: Callable[[], int | None]) -> None:
         sys.exit(2)
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's
-            print(f"{name}: the GPU's memory is too small; --micro-batch 8 takes less ({error})")
+            print(f"{name}: out of memory (training: --micro-batch 8): {error}", file=sys.stderr)
             sys.exit(2)
         if not is_first:  # it may only have lost its connection to one that failed and says why
             time.sleep(3)  # in which torchrun ends it

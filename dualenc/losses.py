@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def similarities(audio: Tensor, text: Tensor, tau: Tensor | float = 1.0) -> Tensor:
+def similarities(audio: Tensor, text: Tensor, tau: Tensor | float) -> Tensor:
     """(N, D), (Q, D) -> (N, Q) float32 cosines / tau."""
     # Dividing before the product rounds less than dividing the logits, which reach 1 / tau.
     return (audio.float() / tau) @ text.float().T

@@ -45,14 +45,13 @@ def ranks(text: Tensor, audio: Tensor, relevant: Sequence[Sequence[int]]) -> lis
     counts = torch.tensor([len(found) for found in relevant])
     query = torch.repeat_interleave(torch.arange(len(counts)), counts)  # (P,)
     candidate = np.concatenate([*relevant, []]).astype(int)[:, None]  # (P, 1)
-    index = np.arange(len(audio))
     block = torch.empty(max(1, BLOCK_BYTES // (4 * len(audio))), len(audio))  # used again and again
     rank = torch.empty_like(query)
     for pairs in torch.arange(len(query)).split(len(block)):
         similarity = torch.mm(text[query[pairs]], audio.T, out=block[: len(pairs)]).numpy()
         its = candidate[pairs.numpy()]
         own = np.take_along_axis(similarity, its, axis=1)
-        before = (similarity > own) | (similarity == own) & (index < its)
+        before = (similarity > own) | (similarity == own) & (np.arange(len(audio)) < its)
         # NumPy counts true values several times faster than torch sums them.
         rank[pairs] = torch.from_numpy(1 + np.count_nonzero(before, axis=1))
     ascending = (query * (len(audio) + 1) + rank).argsort()  # query by query

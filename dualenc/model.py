@@ -22,10 +22,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import RobertaConfig
 
 from dualenc.audio import (
-    CLIP_SAMPLES, INT16_SCALE, SAMPLE_RATE, AnyPath, AudioTower, crop, cut, load_audio,
-    published_passt, resample, to_int16,
+    CLIP_SAMPLES, INT16_SCALE, MAX_SEGMENTS, SAMPLE_RATE, AnyPath, AudioTower, crop, cut,
+    load_audio, published_passt, resample, to_int16,
 )
-from dualenc.errors import InputError, replacing
+from dualenc.errors import InputError
 from dualenc.text import (
     PAD_ID, ROBERTA, TextTower, load_tokenizer, prepared, published_roberta, tokenize, train_bpe,
 )
@@ -218,15 +218,11 @@ class DualEncoder(nn.Module):
         return model
 
     def checkpoint(self) -> dict:
-        """All that load() needs, made of plain values and tensors."""
+        """What load() reads when torch.save has written it: plain values and tensors."""
         return {
             "config": dataclasses.asdict(self.config), "tokenizer": self.tokenizer.to_str(),
             "trained_on": self.trained_on, "stage": self.stage, "model": self.state_dict(),
         }
-
-    def save(self, path: AnyPath) -> None:
-        with replacing(path) as temporary:
-            torch.save(self.checkpoint(), temporary)
 
     @classmethod
     def load(
@@ -262,10 +258,10 @@ def _scale_to_width(tower: nn.Module, ratio: float) -> None:
 def _waveform(sound: Sound, rate: int) -> np.ndarray:
     """A sound as embed_audio takes it -> its first 30 s, (n,) float32.
 
-    A file passes through int16, as in the cache: the same file has the same embedding by any way.
+    A file passes through int16, as in the cache, so that it has the same embedding by any way.
     """
     if isinstance(sound, str | os.PathLike):
-        sound, rate = to_int16(load_audio(sound, CLIP_SAMPLES)), SAMPLE_RATE
+        sound, rate = to_int16(load_audio(sound, MAX_SEGMENTS)), SAMPLE_RATE
     waveform = np.asarray(sound)
     if waveform.ndim != 1 or len(waveform) == 0:
         raise InputError(f"an array of shape {waveform.shape} is no waveform: (n,) is needed, the "

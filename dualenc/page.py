@@ -20,7 +20,7 @@ import av
 import numpy as np
 from torch import Tensor
 
-from dualenc.audio import CLIP_SAMPLES, SAMPLE_RATE, load_audio, to_int16
+from dualenc.audio import MAX_SEGMENTS, SAMPLE_RATE, load_audio, to_int16
 from dualenc.errors import InputError, printable, replacing
 from dualenc.metrics import ranks
 
@@ -137,7 +137,7 @@ def _source(path: Path, folder: Path, held: list[bytes]) -> str:
         relative = quote(os.fsencode(os.path.relpath(path, folder)))
         return f'src="{relative}"' if os.path.isfile(path) else ""
     try:
-        held.append(encode_mp3(load_audio(path, CLIP_SAMPLES)))
+        held.append(encode_mp3(load_audio(path, MAX_SEGMENTS)))
     except InputError:
         return ""
     return f'data-sound="{len(held) - 1}"'

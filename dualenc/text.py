@@ -81,9 +81,8 @@ class TextTower(nn.Module):
 
 def published_roberta(source: str) -> RobertaModel:
     """A RoBERTa without pooler: a name at the hub, or a folder written by save_pretrained."""
-    way_out = "--text-model (or train with --preset tiny)"
     options = dict(add_pooling_layer=False, output_loading_info=True)
-    model, info = _published(RobertaModel, source, way_out, **options)
+    model, info = _published(RobertaModel, source, "--text-model (or --preset tiny)", **options)
     if info["missing_keys"]:  # for which transformers has drawn random ones
         raise InputError(f"{source}: is no RoBERTa: lacks {min(info['missing_keys'])}")
     return model

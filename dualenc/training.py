@@ -95,9 +95,9 @@ def stop_signals() -> list[int]:
 
 # --- What a run leaves, and how the same command goes on from it ---
 
-FREE = {  # settings that do not change the mathematics, and those of which "data" says more
+FREE = {  # settings of how long, where and how a run is made, and those that digests tell better
     "out", "datasets", "validation", "data_dir", "cache_dir", "device", "workers", "epochs",
-    "max_steps", "save_every", "log_every", "micro_batch",
+    "max_steps", "save_every", "log_every", "micro_batch", "teachers",
 }
 
 
@@ -172,9 +172,8 @@ class Run:
             self.mean_losses()
         if not all(weights.isfinite().all() for weights in model.parameters()):
             raise InputError(f"step {self.step - 1}: its weights are not finite; {STOPPED}")
-        names = ("step", "validated", "best", "losses")
         training = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        training |= {name: getattr(self, name) for name in names}
+        training |= {key: getattr(self, key) for key in ("step", "validated", "best", "losses")}
         if RANK == 0:
             write(model.checkpoint() | {"training": training}, self.last_path)
 

@@ -37,7 +37,7 @@ def place(tmp_path_factory, tiny_model) -> Path:
             for i, weights in enumerate(tiny_model.parameters()):
                 weights.add_(torch.randn(weights.shape, generator=torch.manual_seed(i)) * 0.02)
         tiny_model.stage, tiny_model.trained_on = stage, seen
-        tiny_model.save(folder / f"{name}.pt")
+        torch.save(tiny_model.checkpoint(), folder / f"{name}.pt")
     return folder
 
 
@@ -104,7 +104,7 @@ def test_a_page_is_written(place, monkeypatch, tmp_path):
 def test_what_was_seen_is_refused_or_marked(place, monkeypatch, capsys, tiny_model):
     split = data.read_split(str(place / "mine"), "train", place)
     tiny_model.trained_on = [split.name]
-    tiny_model.save(place / "seen.pt")
+    torch.save(tiny_model.checkpoint(), place / "seen.pt")
     arguments = "--dataset", place / "mine", "--checkpoint", place / "seen.pt", "--split"
     for part in ("train", "all"):
         with pytest.raises(errors.InputError, match="was trained on mine@.*--allow-seen"):
@@ -120,7 +120,7 @@ TINY = "--preset tiny --device cpu --cache-dir cache --datasets"
 BAD = [
     (train, f"{TINY} clotho", "no clotho here: looked for"),
     (train, f"{TINY} nowhere", "nowhere: no data set"),
-    (train, f"{TINY} place/mine --batch-size 99", "--batch-size 99: there are 4 pairs"),
+    (train, f"{TINY} place/mine --batch-size 99", "--batch-size 99: at most the 4 pairs"),
     (train, f"{TINY} place/mine --batch-size 2 --out place", "holds other files than a run's"),
     (train, f"{TINY} place/mine --batch-size 2 --device cuda:9", "--device cuda:9: cannot be used"),
     (train, f"{TINY} place/mine --init gone.pt", "gone.pt: no such checkpoint"),
@@ -132,9 +132,12 @@ BAD = [
     (evaluate, "--data-dir place --checkpoint place/a.pt --json no/x.json", "cannot be written"),
     (evaluate, "--data-dir place --checkpoint place/a.pt --annotations wrong.csv",
      "'gone.wav' is no clip of clotho/evaluation"),
+    (evaluate, "--data-dir place --checkpoint place/a.pt --split all", "no clotho here"),
+    (evaluate, "--submission a.csv --queries b.csv --audio place --html c --checkpoint place/a.pt",
+     "go together, without --html"),
     (search, "dog --audio nowhere --checkpoint place/a.pt", "nowhere: no such folder"),
     (search, "dog --audio place/mine --checkpoint gone.pt", "gone.pt: no such checkpoint"),
-    (data, "check nowhere", "nowhere: no data set"),
+    (data, "check nowhere", "nowhere: no such folder"),
 ]
 
 

@@ -159,7 +159,7 @@ def test_an_index_of_another_model_or_folder_is_refused(tiny_model, folder, tmp_
 
 @pytest.fixture
 def command(monkeypatch, tmp_path, tiny_model):
-    tiny_model.save(tmp_path / "best.pt")
+    torch.save(tiny_model.checkpoint(), tmp_path / "best.pt")
 
     def call(*arguments):
         options = ["--checkpoint", str(tmp_path / "best.pt"), "--device", "cpu"]
