@@ -12,7 +12,7 @@ DATA=${DATA:-data/miniature} PRESET=${PRESET:-tiny} SEEDS=${SEEDS:-0}
 RUNS=runs/$PRESET JOBS=1 ALL=(--data-dir "$DATA") TEACHER=(--preset "$PRESET") STUDENT=() rows=()
 if [ "$PRESET" = tiny ]; then  # two runs at a time, with half of the cores each
     RUNS=runs/demo JOBS=2 ALL+=(--captions-per-clip 3 --workers 0)
-    TEACHER+=(--epochs 6 --decay-epochs 5) STUDENT=(--epochs 4 --decay-epochs 3 --max-lr 5e-4)
+    TEACHER+=(--epochs 7 --decay-epochs 6) STUDENT=(--epochs 5 --decay-epochs 4 --max-lr 5e-4)
     # To glibc: keep freed memory. To get it anew from the system takes a sixth of the time.
     export MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=4000000000
 fi

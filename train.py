@@ -149,8 +149,9 @@ def train(args, this: Run, model: DualEncoder, batches: PairBatches, held_out, l
     end = min(args.epochs * len(batches), args.max_steps or sys.maxsize)
     loader = iter(DataLoader(
         batches, batch_size=None, sampler=range(this.step, end), num_workers=args.workers,
-        pin_memory=device.type == "cuda", worker_init_fn=leave_ctrl_c_to_parent,
+        pin_memory=device.type == "cuda",
         multiprocessing_context="fork" if args.workers else None,
+        worker_init_fn=lambda _: signal.signal(signal.SIGINT, signal.SIG_IGN),  # the parent stops
     ))
     bar = tqdm(
         total=end * args.batch_size, initial=this.step * args.batch_size, unit="pair",
@@ -241,10 +242,6 @@ def end_epoch(this: Run, model: DualEncoder, held_out, epoch: int, whole: bool, 
         with contextlib.suppress(InputError):  # the run does not depend on its picture
             write_curves([this.folder], this.folder / "curves.svg")
     this.losses, this.validated = [], this.step
-
-
-def leave_ctrl_c_to_parent(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

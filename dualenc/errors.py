@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import gc
 import os
 import sys
 import time
@@ -49,6 +50,7 @@ def run(main: Callable[[], int | None]) -> None:
     name, is_first = Path(sys.argv[0]).name, os.environ.get("RANK", "0") == "0"
     for stream in (sys.stdout, sys.stderr):  # a file's name need not be valid UTF-8
         stream.reconfigure(errors="backslashreplace")
+    gc.freeze()  # at the end Python would look through all that the libraries hold, for two seconds
     try:
         sys.exit(main())
     except KeyboardInterrupt:

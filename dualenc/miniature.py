@@ -7,8 +7,10 @@ heard, in which order, and how. The layout is that of the real ones as aac-datas
 """
 
 import csv
+import functools
 import itertools
 import wave
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -261,7 +263,7 @@ AUDIOCAPS = SimpleNamespace(
 
 def captions(front, beds, rng, style, n):
     """Word a scene in n different ways: {caption: the facts that it tells}."""
-    full = style is CLOTHO  # sentences with places and a full stop, or participles only
+    full = style == CLOTHO  # sentences with places and a full stop, or participles only
     def phrase(kind, manner, finite=full):
         subject, *verbs, place = pick(rng, KINDS[kind][3:]).split("|")
         adverb = pick(rng, ADVERBS[manner].split("|")) if manner else ""
@@ -285,13 +287,13 @@ CLIPS = dict(development=160, validation=48, evaluation=100, train=480, val=16, 
 YOUTUBE_ALPHABET = "-_ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 
 
-def write_clip(folder, key, n, style):
+def write_clip(folder, n, style, key):
     """Write one sound; return (file name, facts, {n captions}). All follows from its key."""
     rng, index = np.random.default_rng(key), key[-1]
     front, beds = draw_scene(rng)
     duration_s = max(SLOT_S * len(front), rng.uniform(*pick(rng, style.durations_s)))
     texts = captions(front, beds, rng, style, n)
-    if style is CLOTHO:
+    if style == CLOTHO:
         name = f"{KINDS[front[0][0]][2]} {index:03d}.wav"
     else:  # YouTube's id, whose first character may trip readers, and the second of the beginning
         letters = "".join(pick(rng, YOUTUBE_ALPHABET) for _ in range(11))
@@ -317,8 +319,10 @@ def write_miniature(folder, sizes=CLIPS):
         style, n = CLOTHO if number < 3 else AUDIOCAPS, 1 if split == "train" else 5
         sounds = unfinished / style.sounds.format(split)
         sounds.mkdir(parents=True, exist_ok=True)
-        bar = tqdm(range(count), split, unit="clip", leave=False, disable=None)
-        clips = [write_clip(sounds, (0, number, index), n, style) for index in bar]
+        write = functools.partial(write_clip, sounds, n, style)
+        with ProcessPoolExecutor() as pool:
+            made = pool.map(write, [(0, number, index) for index in range(count)])
+            clips = [*tqdm(made, split, count, unit="clip", leave=False, disable=None)]
         rows = [(name, *texts) for name, _, texts in clips]
         if style is AUDIOCAPS:  # one caption a row; a clip's rows lie apart, as in the real tables
             names, *turns = zip(*rows, strict=True)
