@@ -151,7 +151,8 @@ def train(args, this: Run, model: DualEncoder, batches: PairBatches, held_out, l
         batches, batch_size=None, sampler=range(this.step, end), num_workers=args.workers,
         pin_memory=device.type == "cuda",
         multiprocessing_context="fork" if args.workers else None,
-        worker_init_fn=lambda _: signal.signal(signal.SIGINT, signal.SIG_IGN),  # the parent stops
+        # On Ctrl-C the workers go on, and this process ends them.
+        worker_init_fn=lambda _: signal.signal(signal.SIGINT, signal.SIG_IGN),
     ))
     bar = tqdm(
         total=end * args.batch_size, initial=this.step * args.batch_size, unit="pair",

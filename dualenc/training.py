@@ -54,7 +54,7 @@ PATIENCE = datetime.timedelta(hours=12)
 
 
 def join_processes(device: torch.device) -> None:
-    """Of this process, which is on that device, with the others, if there are any."""
+    """Join the processes that torchrun has started, if there are any; this one uses that device."""
     if WORLD > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=PATIENCE)
