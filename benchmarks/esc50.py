@@ -22,7 +22,7 @@ python distill.py $student --out {runs}/student --teachers {runs}/teacher{{0,1}}
 python train.py $student --out {runs}/longer --init {runs}/teacher0/best.pt   # without teachers
 python evaluate.py --data-dir {data} --checkpoint {runs}/{{teacher0,longer,student}}/best.pt"""
 parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-parser.add_argument("checkout", type=Path)
+parser.add_argument("checkout", type=Path, help="git clone https://github.com/karolpiczak/ESC-50")
 parser.add_argument("--fold", type=int, choices=range(1, 6), default=1)
 parser.add_argument("--out", type=Path, required=True)
 parser.add_argument("--all", action="store_true")
