@@ -8,6 +8,7 @@ The same command goes on where an earlier one was interrupted.
 """
 
 import contextlib
+import os
 import shlex
 import signal
 import sys
@@ -55,7 +56,7 @@ def add_training_options(parser: Parser) -> None:
     add("--captions-per-clip", type=int, default=1, help="drawn together; the clip is encoded once")
     add("--micro-batch", type=int, help="pairs encoded at a time, for less memory, in more time")
     add("--epochs", type=int, default=20, help="passes over all pairs (default 20)")
-    add("--max-steps", type=int, help="end after so many steps, whatever --epochs says")
+    add("--max-steps", type=int, help="end after so many steps, if --epochs has not ended it")
     add("--max-lr", type=float, help="after the warm-up (default 2e-5; tiny 1e-3)")
     add("--min-lr", type=float, help="at the start, and after the decay (default 1e-7; tiny 1e-6)")
     add("--warmup-epochs", type=float, default=1, help="of linear rise (default 1)")
@@ -151,8 +152,7 @@ def train(args, this: Run, model: DualEncoder, batches: PairBatches, held_out, l
         batches, batch_size=None, sampler=range(this.step, end), num_workers=args.workers,
         pin_memory=device.type == "cuda",
         multiprocessing_context="fork" if args.workers else None,
-        # On Ctrl-C the workers go on, and this process ends them.
-        worker_init_fn=lambda _: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        worker_init_fn=lambda _: os.setpgrp(),  # Ctrl-C and SIGTERM are for this process alone
     ))
     bar = tqdm(
         total=end * args.batch_size, initial=this.step * args.batch_size, unit="pair",
@@ -214,9 +214,9 @@ def train(args, this: Run, model: DualEncoder, batches: PairBatches, held_out, l
         print(f"{signal.Signals(stopped[0]).name} after step {this.step:,}: saved in "
               f"{this.last_path}; the same command goes on from there.")
     elif RANK == 0:
-        own = [] if {"clotho", "audiocaps"} & {*args.datasets} else [
+        own = ["--data-dir", args.data_dir] if {"clotho", "audiocaps"} & {*args.datasets} else [
             "--dataset", args.validation or args.datasets[0], "--split", "val"]
-        command = shlex.join(["--checkpoint", str(this.best_path), *own])
+        command = shlex.join(map(str, ["--checkpoint", this.best_path, *own]))
         print(f"Done after step {this.step:,}. Best validation mAP@10 {100 * this.best:.2f} %: "
               f"{this.best_path}\nNext: python evaluate.py {command}")
     return 130 if stopped and stopped[0] == signal.SIGINT else 0

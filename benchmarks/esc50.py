@@ -12,15 +12,15 @@ from collections import defaultdict
 from pathlib import Path
 
 CAPTIONS = "a {} sound", "the sound of {}", "{} can be heard", "a recording of {}", "this is {}"
-COMMANDS = """\
-all="--data-dir {data} --batch-size 32 --captions-per-clip 2"
+COMMANDS = r"""all="--data-dir {data} --batch-size 32 --captions-per-clip 2"
 teacher="$all --preset tiny --epochs 8 --decay-epochs 7"
 student="$all --max-lr 5e-4 --epochs 5 --decay-epochs 4"
 python train.py $teacher --seed 0 --out {runs}/teacher0
 python train.py $teacher --seed 1 --out {runs}/teacher1
 python distill.py $student --out {runs}/student --teachers {runs}/teacher{{0,1}}/best.pt
 python train.py $student --out {runs}/longer --init {runs}/teacher0/best.pt   # without teachers
-python evaluate.py --data-dir {data} --checkpoint {runs}/{{teacher0,longer,student}}/best.pt"""
+python evaluate.py --data-dir {data} --json {runs}/table.json \
+    --checkpoint {runs}/{{teacher0,longer,student}}/best.pt"""
 parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
 parser.add_argument("checkout", type=Path, help="git clone https://github.com/karolpiczak/ESC-50")
 parser.add_argument("--fold", type=int, choices=range(1, 6), default=1)

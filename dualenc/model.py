@@ -258,7 +258,7 @@ def _scale_to_width(tower: nn.Module, ratio: float) -> None:
 def _waveform(sound: Sound, rate: int) -> np.ndarray:
     """A sound as embed_audio takes it -> its first 30 s, (n,) float32.
 
-    A file passes through int16, as in the cache, so that it has the same embedding by any way.
+    A file passes through int16, as in the cache, so that it has the same embedding as there.
     """
     if isinstance(sound, str | os.PathLike):
         sound, rate = to_int16(load_audio(sound, MAX_SEGMENTS)), SAMPLE_RATE

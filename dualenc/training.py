@@ -78,7 +78,7 @@ def sum_gradients(model: nn.Module) -> None:
 
 
 def stop_signals() -> list[int]:
-    """A list to which the first Ctrl-C or SIGTERM is added; a second one ends the process at once.
+    """A list to which the first Ctrl-C or SIGTERM is added; a second of its kind ends the process.
 
     Of many processes each would stop at another step: there, the first one does.
     """
@@ -119,7 +119,7 @@ class Run:
                 temporary.write_text(json.dumps({"settings": new}) + "\n")
         old = json.loads(self.log_path.read_text().partition("\n")[0])["settings"]
         changed = [key for key in old | new if key not in FREE and old.get(key) != new.get(key)]
-        faults = [f"--{k.replace('_', '-')}: was {old.get(k)}, now {new.get(k)}" for k in changed]
+        faults = [f"{k}: was {old.get(k)}, now {new.get(k)}" for k in changed]
         if faults:
             what = "holds a run with other settings; give its settings, or another --out"
             raise InputError.of(f"{folder} {what}", faults)
@@ -153,7 +153,7 @@ class Run:
 
     def mean_losses(self, last: int | None = None) -> dict[str, float]:
         """Over the last so many steps of the epoch, or all; a loss not finite is an InputError."""
-        for step, losses in enumerate(self.pending, start=self.step - len(self.pending)):
+        for step, losses in enumerate(self.pending, start=self.step - len(self.pending) + 1):
             self.losses.append({name: value.item() for name, value in losses.items()})
             if not math.isfinite(self.losses[-1]["loss"]):
                 raise InputError(f"step {step}: the loss is {self.losses[-1]['loss']}; {STOPPED}")
@@ -171,7 +171,7 @@ class Run:
         if self.pending:
             self.mean_losses()
         if not all(weights.isfinite().all() for weights in model.parameters()):
-            raise InputError(f"step {self.step - 1}: its weights are not finite; {STOPPED}")
+            raise InputError(f"step {self.step}: its weights are not finite; {STOPPED}")
         training = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         training |= {key: getattr(self, key) for key in ("step", "validated", "best", "losses")}
         if RANK == 0:

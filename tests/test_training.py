@@ -1,6 +1,7 @@
 """The loop: its gradient by a second route, resumption, interruptions, stage 2's loss by hand."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -134,6 +135,8 @@ def test_a_signal_ends_the_run_after_the_step(
 ):
     def loss_of(*arguments):
         os.kill(os.getpid(), number)
+        [worker] = multiprocessing.active_children()
+        assert os.getpgid(worker.pid) == worker.pid  # out of reach of a signal to the whole group
         return original(*arguments)
 
     original = train.contrastive
@@ -141,7 +144,8 @@ def test_a_signal_ends_the_run_after_the_step(
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(train, "contrastive", loss_of)
     try:
-        assert run_train(monkeypatch, command(sounds, tmp_path / "ended")) == status
+        ended = command(sounds, tmp_path / "ended", "--workers", 1)
+        assert run_train(monkeypatch, ended) == status
     finally:
         signal.signal(signal.SIGINT, before[0])
         signal.signal(signal.SIGTERM, before[1])
@@ -159,7 +163,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(sounds, tmp_path, monkeypatch):
     run_train(monkeypatch, command(sounds, tmp_path / "run", "--max-steps", 3))
     before = (tmp_path / "run" / "last.pt").read_bytes()
     monkeypatch.setattr(train, "contrastive", lambda a, t, *rest: {"loss": (a * np.nan).sum()})
-    with pytest.raises(InputError, match="step 3: the loss is nan.*last.pt is as it was"):
+    with pytest.raises(InputError, match="step 4: the loss is nan.*last.pt is as it was"):
         run_train(monkeypatch, command(sounds, tmp_path / "run"))
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
 
@@ -180,7 +184,7 @@ def test_a_full_disk_leaves_last_pt_as_it_was(sounds, tmp_path, monkeypatch):
 
 def test_other_settings_are_refused_with_both_values(sounds, tmp_path, monkeypatch):
     run_train(monkeypatch, command(sounds, tmp_path / "run", "--max-steps", 1))
-    with pytest.raises(InputError, match="--max-lr: was 0.001, now 0.5"):
+    with pytest.raises(InputError, match="max_lr: was 0.001, now 0.5"):
         run_train(monkeypatch, command(sounds, tmp_path / "run", "--max-lr", 0.5))
 
 
