@@ -42,7 +42,7 @@ def loading(folder: Path, clips: int) -> dict:
 
     def decoding():
         waveforms = (load_audio(split.clips[i % clips].path) for i in range(BATCH))
-        torch.from_numpy(np.concatenate([cut(crop(to_int16(waveform))) for waveform in waveforms]))
+        cut([crop(to_int16(waveform)) for waveform in waveforms])
 
     return {"a batch, decoded": decoding, "a batch, cached": lambda: batches[next(step)]}
 

@@ -60,6 +60,5 @@ def random_captions(count: int) -> list[str]:
 
 def batch_of(clips: list[np.ndarray], tokens: torch.Tensor) -> Batch:
     """A pair of each clip and row of tokens."""
-    segments, ids = [cut(clip) for clip in clips], torch.arange(len(clips))
-    counts = torch.tensor([len(s) for s in segments])
-    return Batch(torch.from_numpy(np.concatenate(segments)), counts, ids, tokens, ids, ids)
+    ids = torch.arange(len(clips))
+    return Batch(*cut(clips), ids, tokens, ids, ids)

@@ -54,7 +54,8 @@ class PlainRecipe(nn.Module):
         tokens = F.pad(tokens, (0, MAX_TOKENS - tokens.shape[1]), value=PAD_ID).to(ours.device)
         with torch.autocast(ours.device.type, precision, enabled=precision is not None):
             features = self.passt(self.mel(segments).unsqueeze(1))[1].view(len(clips), 3, -1)
-            means = [f[: len(cut(clip))].mean(0) for f, clip in zip(features, clips, strict=True)]
+            counts = cut(clips)[1].tolist()
+            means = [f[:count].mean(0) for f, count in zip(features, counts, strict=True)]
             first = self.roberta(tokens, (tokens != PAD_ID).long()).last_hidden_state[:, 0]
             ends = ours.audio_projection(torch.stack(means)), ours.text_projection(first)
         return tuple(F.normalize(end.float(), dim=1) for end in ends)

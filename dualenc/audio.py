@@ -7,7 +7,7 @@ import contextlib
 import functools
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import av
@@ -197,17 +197,17 @@ def crop(waveform: np.ndarray, rng: np.random.Generator | None = None) -> np.nda
     return waveform[start : start + CLIP_SAMPLES]
 
 
-def cut(waveform: np.ndarray) -> np.ndarray:
-    """(n,) -> (S, 320000), zero-padded in the last segment only: silence is never computed.
+def cut(waveforms: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """C waveforms (n,) -> the segments of all (S, 320000), and how many each has (C,).
 
-    A remainder of less than 0.1 s after a full segment is dropped.
+    Each is zero-padded in its last segment only: silence is never computed. A remainder of less
+    than 0.1 s after a full segment is dropped.
     """
-    full, remainder = divmod(len(waveform), SEGMENT_SAMPLES)
-    count = max(1, full + (remainder >= MIN_REMAINDER))
-    segments = np.zeros((count, SEGMENT_SAMPLES), waveform.dtype)
-    used = waveform[: count * SEGMENT_SAMPLES]
-    segments.reshape(-1)[: len(used)] = used
-    return segments
+    counts = [max(1, 1 + (len(w) - MIN_REMAINDER) // SEGMENT_SAMPLES) for w in waveforms]
+    segments = np.zeros((sum(counts), SEGMENT_SAMPLES), waveforms[0].dtype)
+    for waveform, own in zip(waveforms, np.split(segments, np.cumsum(counts)[:-1]), strict=True):
+        own.reshape(-1)[: len(waveform)] = waveform[: own.size]
+    return torch.from_numpy(segments), torch.tensor(counts)
 
 
 # --- Segments -> log-mel (section 4, "spectrogram extraction") ---

@@ -384,10 +384,9 @@ class PairBatches(torch.utils.data.Dataset):
         )
         own, leaders = (ids[self.rank * self.share :][: self.share] for ids in (pairs, leaders))
         new = np.append(True, leaders[1:] != leaders[:-1])
-        segments = [cut(self._crop(int(pair), epoch)) for pair in leaders[new]]
+        segments, counts = cut([self._crop(int(pair), epoch) for pair in leaders[new]])
         return Batch(
-            segments=torch.from_numpy(np.concatenate(segments)),
-            counts=torch.tensor([len(s) for s in segments]),
+            segments=segments, counts=counts,
             clip_of_pair=torch.from_numpy(np.cumsum(new) - 1),
             tokens=tokenize(self.tokenizer, [self.captions[pair] for pair in own]),
             clip_ids=torch.from_numpy(self.clip_of_pair[pairs]),

@@ -167,11 +167,10 @@ class DualEncoder(nn.Module):
         """
         if isinstance(sounds, Sound):
             sounds = [sounds]
-        clips, parts = (cut(_waveform(sound, rate)) for sound in sounds), []
+        waveforms, parts = (_waveform(sound, rate) for sound in sounds), []
         self.eval()  # no dropout, patchout or jitter
-        while batch := list(itertools.islice(clips, EMBED_CLIPS)):
-            segments = torch.from_numpy(np.concatenate(batch)).to(self.device)
-            counts = torch.tensor([len(clip) for clip in batch], device=self.device)
+        while batch := list(itertools.islice(waveforms, EMBED_CLIPS)):
+            segments, counts = (tensor.to(self.device) for tensor in cut(batch))
             parts.append(self.encode_audio(segments, counts).cpu())
         return torch.cat([torch.zeros(0, self.config.embedding), *parts])
 

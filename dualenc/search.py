@@ -201,8 +201,8 @@ def embed_file(model: DualEncoder, path: Path) -> tuple[Tensor, float, int, str]
             samples += len(block)
             block = audio.to_int16(block / max(1.0, np.abs(block).max()))
             with torch.inference_mode():
-                segments = torch.from_numpy(audio.cut(block)).to(model.device)
-                vectors.append(model.eval().project_segments(segments).cpu())
+                segments, _ = audio.cut([block])
+                vectors.append(model.eval().project_segments(segments.to(model.device)).cpu())
     except InputError as error:
         vectors, faults = vectors[:1], [str(error).removeprefix(printable(f"{path}: "))]
     own = torch.cat(vectors)

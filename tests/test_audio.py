@@ -227,11 +227,14 @@ def test_copies_in_any_form_embed_alike_and_10_ms_more_change_nothing(tmp_path, 
 )
 def test_cut_pads_the_last_segment_only_and_drops_a_short_remainder(samples, count):
     waveform = np.random.default_rng(0).integers(1, 9, samples, np.int16)
-    segments = audio.cut(waveform)
+    clips = [waveform[:9], waveform, waveform[:9]]
+    before, segments, after = audio.cut(clips)[0].split([1, count, 1])
+    assert audio.cut([waveform, waveform[:9]])[1].tolist() == [count, 1]
+    kept, segments = waveform[: count * 320_000], segments.numpy()
     assert segments.shape == (count, 320_000) and segments.dtype == np.int16
-    kept = waveform[: count * 320_000]
     np.testing.assert_array_equal(segments.reshape(-1)[: len(kept)], kept)
     assert not segments.reshape(-1)[len(kept) :].any()
+    assert before.equal(after) and before.count_nonzero() == min(9, samples)
 
 
 def test_crop_takes_30_s_at_random_only_with_a_generator():
