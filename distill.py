@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dualenc.checkpoints import read_checkpoint, save_atomically
 from dualenc.data import Split, training_splits
-from dualenc.errors import Parser, run
+from dualenc.errors import Parser, run_command
 from dualenc.losses import contrastive_loss, distillation_loss
-from dualenc.model import DualEncoder, choose_device, read_checkpoint
-from dualenc.training import first_process_first, join_processes, write
+from dualenc.model import DualEncoder, choose_device
+from dualenc.training import first_process_first, join_processes
 from train import add_training_options, begin, train
 
 
@@ -61,7 +62,8 @@ def main() -> int:
             if not stored.exists():
                 teacher = DualEncoder.load(path, device, args.tokenizer)
                 teacher.precision = student.precision
-                write(embeddings(teacher, splits, f"{path} embeds"), stored)
+                values = embeddings(teacher, splits, f"{path} embeds")
+                save_atomically(values, stored)
                 del teacher  # it would stay on the GPU
         embedded.append(torch.load(stored, map_location=device, weights_only=True))
 
@@ -93,4 +95,4 @@ def digest_of_file(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -21,19 +21,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dualenc.data import Split, decode, read_csv, read_split, split_of_sounds, was_seen
-from dualenc.errors import InputError, Parser, replacing, run
+from dualenc.checkpoints import newest_checkpoint, read_checkpoint
+from dualenc.data import Split, decode_splits, read_csv, read_split, split_of_sounds, was_seen
+from dualenc.errors import InputError, Parser, replacing, run_command
 from dualenc.metrics import METRICS, bootstrap, interval, query_metrics, ranks
-from dualenc.model import (
-    PRECISIONS, DualEncoder, choose_device, choose_precision, newest_checkpoint, read_checkpoint,
-)
-from dualenc.page import as_text, write_evaluation
+from dualenc.model import PRECISIONS, DualEncoder, choose_device, choose_precision
+from dualenc.page import Evaluation, write_evaluation
 
 CAPTIONS, NEW = "captions", "new annotations"  # what says which clips are relevant to a query
 COLUMNS = {  # of the table: (what says so, metric)
     "new mAP@16": (NEW, "mAP@16"), "new mAP@10": (NEW, "mAP@10"), "mAP@10": (CAPTIONS, "mAP@10"),
     "R@1": (CAPTIONS, "R@1"), "R@5": (CAPTIONS, "R@5"), "R@10": (CAPTIONS, "R@10"),
 }
+TITLES = {"clotho": "Clotho", "audiocaps": "AudioCaps", "wavcaps": "WavCaps"}
 SURE_CLIPS = 100  # from which on 94 % of the intervals hold the truth; with 10 clips 82 % do
 REPORT = {  # Table 1, in percent; row 3's first figure is the baseline's mAP@16, row 1's its mAP@10
     "Clotho, contrastive": ("-", 31.95, 27.57, 16.95, 42.73, 58.04),
@@ -93,7 +93,7 @@ def main() -> int:
     seen = [refuse_seen(paths, split, args.allow_seen) for paths in models]
 
     # --- Embed it with each model ---
-    decode([split], args.cache_dir or args.data_dir / "cache")
+    decode_splits([split], args.cache_dir or args.data_dir / "cache")
     print(f"evaluate on {split}")
     rows = []
     for paths, any_seen in zip(models, seen, strict=True):
@@ -103,7 +103,7 @@ def main() -> int:
             model.precision = choose_precision(args.precision, device)
             bar = tqdm(split.waveforms, f"{path} embeds", unit="clip", leave=False, disable=None)
             members.append((model.embed_audio(bar), model.embed_text(queries)))
-            labels.append(model.label)
+            labels.append(label_of(model))
         label = " and ".join(dict.fromkeys(labels)) + ", ensemble" * (len(paths) > 1)
         name, (audio, text) = " + ".join(map(str, paths)), joined(members)
         figures = {} if args.audio else measure(audio, text, split, annotations)
@@ -125,12 +125,14 @@ def main() -> int:
         write_submission(args.submission, queries, split, rows[0])
     if args.html:
         runs = [path if path.is_dir() else path.parent for path in models[0]]
-        write_evaluation(
-            args.html, f"{rows[0].label} on {split.name}", f"{split}\n{about}", list(COLUMNS),
-            lines, runs, [clip.name for clip in split.clips],
-            [clip.path for clip in split.clips], split.captions, split.clip_of_caption,
-            rows[0].text, rows[0].audio, annotations,
-        )
+        write_evaluation(args.html, Evaluation(
+            title=f"{rows[0].label} on {split.name}", about=f"{split}\n{about}",
+            columns=list(COLUMNS), lines=lines, run_folders=runs,
+            clip_names=[clip.name for clip in split.clips],
+            clip_paths=[clip.path for clip in split.clips],
+            captions=split.captions, clip_of_caption=split.clip_of_caption,
+            text=rows[0].text, audio=rows[0].audio, annotations=annotations,
+        ))
     return 0
 
 
@@ -181,6 +183,14 @@ class Row(NamedTuple):
     audio: Tensor
     text: Tensor
     figures: dict[str, dict[str, np.ndarray]]
+
+
+def label_of(model: DualEncoder) -> str:
+    """What a model is, in Table 1's words: "Clotho + AudioCaps, distilled"."""
+    names = {name.partition("/")[0] for name in model.trained_on}
+    others = sorted(name.partition("@")[0] for name in names - TITLES.keys())
+    known = [title for name, title in TITLES.items() if name in names]
+    return f"{' + '.join(known + others)}, {model.stage}"
 
 
 def joined(members: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -249,6 +259,15 @@ def table(rows: Sequence[Row], split: Split) -> list[tuple[str, list[str]]]:
     return lines
 
 
+def as_text(columns: Sequence[str], lines: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """A table for a terminal, of the same columns and lines as the page's."""
+    first = max(len(label) for label, _ in lines)
+    width = 2 + max(len(cell) for cells in [columns, *(row for _, row in lines)] for cell in cells)
+    rows = [(label, "".join(f"{cell:>{width}}" for cell in row)) for label, row in
+            [("", columns), *lines]]
+    return "\n".join(f"{label:{first}}{cells}" for label, cells in rows)
+
+
 def cells(figures: dict[str, dict], sign: str = "") -> list[str]:
     """Fractions, or intervals of two -> percent, column by column."""
     found = [np.atleast_1d(figures.get(kind, {}).get(m, ())) for kind, m in COLUMNS.values()]
@@ -283,4 +302,4 @@ def write_submission(path: Path, queries: Sequence[str], split: Split, row: Row)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

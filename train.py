@@ -18,15 +18,16 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dualenc.data import PairBatches, decode, training_splits
-from dualenc.errors import InputError, Parser, run
+from dualenc.checkpoints import save_atomically
+from dualenc.data import PairBatches, decode_splits, training_splits
+from dualenc.errors import InputError, Parser, run_command
 from dualenc.losses import contrastive_loss, gather
 from dualenc.metrics import retrieval_metrics
 from dualenc.model import PRECISIONS, PRESETS, DualEncoder, choose_device, choose_precision
 from dualenc.page import write_curves
 from dualenc.training import (
     RANK, WORLD, Run, first_process_first, join_processes, learning_rate, seed_of, stop_signals,
-    sum_gradients, write,
+    sum_gradients,
 )
 
 # Of AdamW, (highest, lowest): to learn from scratch, as tiny does, takes more than fine-tuning.
@@ -124,7 +125,7 @@ def begin(args, model: DualEncoder, splits, held_out, **settings) -> tuple[Run, 
     )
     with first_process_first():
         this = Run(args.out, settings)
-        decode([*splits, held_out], args.cache_dir or args.data_dir / "cache")
+        decode_splits([*splits, held_out], args.cache_dir or args.data_dir / "cache")
     if RANK == 0:
         size = sum(weights.numel() for weights in model.parameters()) / 1e6
         many = f" in each of {WORLD} processes" if WORLD > 1 else ""
@@ -236,7 +237,8 @@ def end_epoch(this: Run, model: DualEncoder, held_out, epoch: int, whole: bool, 
         best = metric >= this.best if whole else this.best < 0  # of equals the later one
         if best:
             this.best = metric
-            write(model.checkpoint() | {"validation": metrics, "epoch": epoch}, this.best_path)
+            saved = model.checkpoint() | {"validation": metrics, "epoch": epoch}
+            save_atomically(saved, this.best_path)
         this.log(epoch=epoch, **losses, validation=metrics)
         bar.write(f"epoch {epoch:2}: loss {losses['loss']:.3f}, validation mAP@10 "
                   f"{100 * metric:.2f} %" + " (best so far)" * best)
@@ -246,4 +248,4 @@ def end_epoch(this: Run, model: DualEncoder, held_out, epoch: int, whole: bool, 
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

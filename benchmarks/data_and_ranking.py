@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from measure import compare, machine, options, random_captions
 
-from dualenc.audio import crop, cut, load_audio, to_int16
-from dualenc.data import PairBatches, decode, read_split
+from dualenc.audio import crop, to_segments
+from dualenc.data import PairBatches, decode_splits, read_split
+from dualenc.decoding import load_audio, to_int16
 from dualenc.metrics import retrieval_metrics
 from dualenc.model import DualEncoder
 from dualenc.search import File, SoundIndex
@@ -36,13 +37,13 @@ def loading(folder: Path, clips: int) -> dict:
         lines.append(f"{i}.wav,{caption}")
     (folder / "captions.csv").write_text("\n".join(lines))
     split = read_split(str(folder), "all", folder)
-    decode([split], folder / "cache")
+    decode_splits([split], folder / "cache")
     tokenizer = DualEncoder.create("tiny", "random", split.captions).tokenizer
     batches, step = PairBatches([split], tokenizer, BATCH), count()
 
     def decoding():
         waveforms = (load_audio(split.clips[i % clips].path) for i in range(BATCH))
-        cut([crop(to_int16(waveform)) for waveform in waveforms])
+        to_segments([crop(to_int16(waveform)) for waveform in waveforms])
 
     return {"a batch, decoded": decoding, "a batch, cached": lambda: batches[next(step)]}
 

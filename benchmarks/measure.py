@@ -12,8 +12,9 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
 
-from dualenc.audio import SAMPLE_RATE, cut
+from dualenc.audio import to_segments
 from dualenc.data import Batch
+from dualenc.decoding import SAMPLE_RATE
 
 WORDS = "a dog barks while rain falls on the roof and someone walks over gravel far away".split()
 
@@ -61,4 +62,4 @@ def random_captions(count: int) -> list[str]:
 def batch_of(clips: list[np.ndarray], tokens: torch.Tensor) -> Batch:
     """A pair of each clip and row of tokens."""
     ids = torch.arange(len(clips))
-    return Batch(*cut(clips), ids, tokens, ids, ids)
+    return Batch(*to_segments(clips), ids, tokens, ids, ids)

@@ -65,7 +65,7 @@ def training_step(precision: torch.dtype | None, pieces: list, teachers: int = 0
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    batch = SimpleNamespace(inputs=BATCH.inputs, split=lambda _: pieces)  # it reads values
+    batch = SimpleNamespace(inputs=BATCH.inputs, pieces=lambda _: pieces)  # it reads values
     audio, text = model.encode_pairs(batch, len(pieces) if len(pieces) > 1 else None)
     loss = contrastive_loss(audio, text, BATCH.clip_ids, model.tau)
     if teachers:
@@ -101,14 +101,14 @@ def predicted(work, precision: torch.dtype | None, *arguments, as_gpu: bool = Tr
 
 def main():
     if name := options(__doc__, measure="").measure:
-        step = training_step, PRECISIONS[name], list(BATCH.split(8))
+        step = training_step, PRECISIONS[name], list(BATCH.pieces(8))
         before = int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0])
         training_step(*step[1:])
         peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
         return print(f"{name} on a CPU, pieces of 8: {peak:.2f} GiB more than before the step, "
                      f"{predicted(*step, as_gpu=False):.2f} were predicted")
     print(f"{PAIRS} pairs ({len(BATCH.segments)} segments, {TOKENS} tokens), predicted, in GiB")
-    rows = [(f"stage {stage}, pieces of {n}", training_step, list(BATCH.split(n)), teachers)
+    rows = [(f"stage {stage}, pieces of {n}", training_step, list(BATCH.pieces(n)), teachers)
             for stage, teachers in ((1, 0), (2, 4)) for n in (64, 32, 16, 8, 4)]
     for name in ("bf16", "fp32"):
         for label, work, *arguments in [*rows, ("embedding", embedding)]:

@@ -16,7 +16,8 @@ from hear21passt.models.preprocess import AugmentMelSTFT
 from torch import nn
 from transformers import RobertaModel
 
-from dualenc.audio import CLIP_SAMPLES, INT16_SCALE, SEGMENT_SAMPLES, cut
+from dualenc.audio import CLIP_SAMPLES, SEGMENT_SAMPLES, to_segments
+from dualenc.decoding import INT16_SCALE
 from dualenc.model import DualEncoder
 from dualenc.text import MAX_TOKENS, PAD_ID, tokenize
 
@@ -54,7 +55,7 @@ class PlainRecipe(nn.Module):
         tokens = F.pad(tokens, (0, MAX_TOKENS - tokens.shape[1]), value=PAD_ID).to(ours.device)
         with torch.autocast(ours.device.type, precision, enabled=precision is not None):
             features = self.passt(self.mel(segments).unsqueeze(1))[1].view(len(clips), 3, -1)
-            counts = cut(clips)[1].tolist()
+            counts = to_segments(clips)[1].tolist()
             means = [f[:count].mean(0) for f, count in zip(features, counts, strict=True)]
             first = self.roberta(tokens, (tokens != PAD_ID).long()).last_hidden_state[:, 0]
             ends = ours.audio_projection(torch.stack(means)), ours.text_projection(first)

@@ -14,7 +14,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,8 +26,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from dualenc.audio import SAMPLE_RATE, all_channels, crop, cut, load_audio, sounds_below, to_int16
-from dualenc.errors import InputError, Parser, printable, replacing, run
+from dualenc.audio import crop, to_segments
+from dualenc.decoding import (
+    SAMPLE_RATE, Waveforms, all_channels, decode_once, load_audio, sounds_below,
+)
+from dualenc.errors import InputError, Parser, printable, run_command
 from dualenc.text import tokenize
 
 # --- What lies where ---
@@ -76,7 +78,7 @@ class Split:
     source: Path  # the csv file
     clips: list[Clip]  # those whose file is there, in the csv's order
     missing: list[str]  # names of files that the csv lists and the disk lacks
-    waveforms: Sequence[np.ndarray] = ()  # the clips' sounds, (n,) int16 each, after decode()
+    waveforms: Sequence[np.ndarray] = ()  # (n,) int16 of each clip, after decode_splits()
 
     @property
     def captions(self) -> list[str]:
@@ -244,63 +246,12 @@ def _part_of_folder(rows: dict[str, list[str]], part: str, folder: Path) -> dict
 
 # --- Clips -> waveforms, decoded once ---
 
-DECODER = "PyAV 2"  # raise the number when a file's waveform would come out otherwise
-
-
-class Waveforms(list):
-    """Of the files of decoded sounds: item i is clip i, (n,) int16, memory-mapped at each access"""
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        return np.load(super().__getitem__(i), mmap_mode="r")
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return map(self.__getitem__, range(len(self)))
-
-
-def decode(splits: Sequence[Split], cache_dir: Path) -> None:
+def decode_splits(splits: Sequence[Split], cache_dir: Path) -> None:
     """Give splits their waveforms; what is new or has changed is decoded into cache_dir first."""
-    stored = [[_stored(clip.path, cache_dir) for clip in split.clips] for split in splits]
-    sounds = [clip.path for split in splits for clip in split.clips]
-    todo = dict(zip(sum(stored, []), sounds, strict=True))  # {place: sound}
-    todo = [(sound, place) for place, sound in todo.items() if not place.exists()]
-    random.Random(0).shuffle(todo)  # so that the first ones tell what all will take
-    faults, written = [], 0
-    pool = ThreadPoolExecutor(os.cpu_count())  # FFmpeg works outside Python's lock
-    bar = tqdm(todo, "decoding sounds, once", leave=False, disable=len(todo) < 50, mininterval=1)
-    try:
-        results = zip(bar, pool.map(_decode_one, todo), strict=True)
-        for done, (_, (fault, size)) in enumerate(results, start=1):
-            faults += [fault] * bool(fault)
-            written += size
-            gigabytes = written / done * len(todo) / 1e9
-            bar.set_postfix_str(f"about {gigabytes:.1f} GB in {cache_dir}", refresh=False)
-    finally:
-        pool.shutdown(cancel_futures=True)  # after Ctrl-C, what has not begun does not begin
-    if faults:
-        what = "`python -m dualenc.data check FOLDER` lists all sound files that cannot be used"
-        raise InputError.of(what, sorted(faults))
-    for split, targets in zip(splits, stored, strict=True):
-        split.waveforms = Waveforms(targets)
-
-
-def _stored(path: Path, cache_dir: Path) -> Path:
-    """Where a sound's waveform is kept: another place when the file changes."""
-    stat, place = path.stat(), os.fsencode(os.path.realpath(path))
-    digest = hashlib.sha256(place + f"{stat.st_size} {stat.st_mtime_ns} {DECODER}".encode())
-    return cache_dir / f"{digest.hexdigest()[:32]}.npy"
-
-
-def _decode_one(item: tuple[Path, Path]) -> tuple[str, int]:  # why not, bytes written
-    (path, target), faults = item, []
-    try:
-        waveform = to_int16(load_audio(path, faults=faults))
-    except InputError as error:
-        return str(error), 0
-    if faults:
-        return f"{path}: {faults[0]}", 0
-    with replacing(target) as temporary, open(temporary, "wb") as file:
-        np.save(file, waveform)
-    return "", waveform.nbytes
+    paths = [clip.path for split in splits for clip in split.clips]
+    cache_files = decode_once(paths, cache_dir)
+    for split in splits:
+        split.waveforms = Waveforms(cache_files[clip.path] for clip in split.clips)
 
 
 # --- Waveforms -> batches (sections 3 and 4) ---
@@ -311,28 +262,28 @@ class Batch:
 
     segments: Tensor  # (S, 320000) int16
     counts: Tensor  # (C,) segments of each clip, summing to S
-    clip_of_pair: Tensor  # (B_r,) each pair's clip among the C
+    clip_rows: Tensor  # (B_r,) each pair's clip among the C
     tokens: Tensor  # (B_r, L)
     clip_ids: Tensor  # (B,) of the whole batch: equal where two pairs show the same clip
     pair_ids: Tensor  # (B,)
 
     def inputs(self, device: torch.device) -> list[Tensor]:
         """What the model encodes, on its device."""
-        tensors = self.segments, self.counts, self.clip_of_pair, self.tokens
+        tensors = self.segments, self.counts, self.clip_rows, self.tokens
         return [tensor.to(device, non_blocking=True) for tensor in tensors]
 
     def pin_memory(self) -> "Batch":
         return Batch(*(tensor.pin_memory() for tensor in vars(self).values()))
 
-    def split(self, pairs: int) -> Iterator["Batch"]:
+    def pieces(self, pairs: int) -> Iterator["Batch"]:
         """Pieces of so many pairs; a clip whose pairs are cut apart is in both pieces."""
         ends = [0, *self.counts.cumsum(0).tolist()]
         for start in range(0, len(self.tokens), pairs):
-            rows = self.clip_of_pair[start : start + pairs]
+            rows = self.clip_rows[start : start + pairs]
             first, last = int(rows[0]), int(rows[-1]) + 1
             yield dataclasses.replace(
                 self, segments=self.segments[ends[first] : ends[last]],
-                counts=self.counts[first:last], clip_of_pair=rows - first,
+                counts=self.counts[first:last], clip_rows=rows - first,
                 tokens=self.tokens[start : start + pairs],
             )
 
@@ -384,10 +335,10 @@ class PairBatches(torch.utils.data.Dataset):
         )
         own, leaders = (ids[self.rank * self.share :][: self.share] for ids in (pairs, leaders))
         new = np.append(True, leaders[1:] != leaders[:-1])
-        segments, counts = cut([self._crop(int(pair), epoch) for pair in leaders[new]])
+        segments, counts = to_segments([self._crop(int(pair), epoch) for pair in leaders[new]])
         return Batch(
             segments=segments, counts=counts,
-            clip_of_pair=torch.from_numpy(np.cumsum(new) - 1),
+            clip_rows=torch.from_numpy(np.cumsum(new) - 1),
             tokens=tokenize(self.tokenizer, [self.captions[pair] for pair in own]),
             clip_ids=torch.from_numpy(self.clip_of_pair[pairs]),
             pair_ids=torch.from_numpy(pairs),
@@ -445,4 +396,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import gc
+import math
 import os
 import sys
 import time
@@ -34,6 +35,38 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def positive_int(text: str) -> int:
+    """Read a whole number above zero, as a type for argparse."""
+    number = int(text)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"{text}: a whole number above 0 is needed")
+    return number
+
+
+def not_negative_int(text: str) -> int:
+    """Read a whole number of at least zero, as a type for argparse."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text}: a whole number of at least 0 is needed")
+    return number
+
+
+def positive_float(text: str) -> float:
+    """Read a finite number above zero, as a type for argparse."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: a number above 0 is needed")
+    return number
+
+
+def not_negative_float(text: str) -> float:
+    """Read a finite number of at least zero, as a type for argparse."""
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: a number of at least 0 is needed")
+    return number
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser for whose errors one line is enough."""
 
@@ -45,7 +78,7 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (--help lists all options)")
 
 
-def run(main: Callable[[], int | None]) -> None:
+def run_command(main: Callable[[], int | None]) -> None:
     """Run a command and exit: with 2 after one line on bad input, with 130 after Ctrl-C."""
     name, is_first = Path(sys.argv[0]).name, os.environ.get("RANK", "0") == "0"
     for stream in (sys.stdout, sys.stderr):  # a file's name need not be valid UTF-8

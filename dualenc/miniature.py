@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from dualenc.audio import SAMPLE_RATE, to_int16
-from dualenc.errors import Parser, run
+from dualenc.decoding import SAMPLE_RATE, to_int16
+from dualenc.errors import Parser, run_command
 
 RATE_HZ = SAMPLE_RATE // 2  # of both: a model could tell the data sets apart by their treble
 
@@ -346,4 +346,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

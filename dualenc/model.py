@@ -6,12 +6,10 @@
 C clips, S segments of all of them, Q captions, L tokens, B pairs, D = 1024 values, n samples.
 """
 
-import collections
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -21,18 +19,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import RobertaConfig
 
-from dualenc.audio import (
-    CLIP_SAMPLES, INT16_SCALE, MAX_SEGMENTS, SAMPLE_RATE, AnyPath, AudioTower, crop, cut,
-    load_audio, published_passt, resample, to_int16,
+from dualenc.audio import CLIP_SAMPLES, AudioTower, crop, to_segments
+from dualenc.checkpoints import load_strictly, published_passt, read_checkpoint
+from dualenc.decoding import (
+    INT16_SCALE, SAMPLE_RATE, AnyPath, load_audio, resample, to_int16,
 )
 from dualenc.errors import InputError
 from dualenc.text import (
-    PAD_ID, ROBERTA, TextTower, load_tokenizer, prepared, published_roberta, tokenize, train_bpe,
+    PAD_ID, ROBERTA, TextTower, load_tokenizer, published_roberta, set_truncation, tokenize,
+    train_bpe,
 )
 
 EMBED_CLIPS, EMBED_CAPTIONS = 8, 64  # at a time, without gradients
 Sound = str | os.PathLike | np.ndarray | Tensor  # a path, or a waveform
-TITLES = {"clotho": "Clotho", "audiocaps": "AudioCaps", "wavcaps": "WavCaps"}
 
 
 # --- Every size of the model; the presets ---
@@ -124,8 +123,8 @@ class DualEncoder(nn.Module):
         every pair still meets all negatives of the batch (GradCache, Gao et al. 2021).
         """
 
-        def encode(segments, counts, clip_of_pair, tokens) -> tuple[Tensor, Tensor]:
-            return self.encode_audio(segments, counts)[clip_of_pair], self.encode_text(tokens)
+        def encode(segments, counts, clip_rows, tokens) -> tuple[Tensor, Tensor]:
+            return self.encode_audio(segments, counts)[clip_rows], self.encode_text(tokens)
 
         if micro_batch is None:
             return encode(*batch.inputs(self.device))
@@ -133,7 +132,7 @@ class DualEncoder(nn.Module):
         # keeps. The batch is cut on the CPU: to cut it on a GPU would be to wait for that.
         pieces = [
             checkpoint(encode, *piece.inputs(self.device), use_reentrant=False)
-            for piece in batch.split(micro_batch)
+            for piece in batch.pieces(micro_batch)
         ]
         audio, text = zip(*pieces, strict=True)
         return torch.cat(audio), torch.cat(text)
@@ -145,14 +144,6 @@ class DualEncoder(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.tau.device
-
-    @property
-    def label(self) -> str:
-        """What the model is, in Table 1's words: "Clotho + AudioCaps, distilled"."""
-        names = {name.partition("/")[0] for name in self.trained_on}
-        others = sorted(name.partition("@")[0] for name in names - TITLES.keys())
-        known = [title for name, title in TITLES.items() if name in names]
-        return f"{' + '.join(known + others)}, {self.stage}"
 
     # --- The two directions, for users: float32, on the CPU, unit norm ---
 
@@ -170,7 +161,7 @@ class DualEncoder(nn.Module):
         waveforms, parts = (_waveform(sound, rate) for sound in sounds), []
         self.eval()  # no dropout, patchout or jitter
         while batch := list(itertools.islice(waveforms, EMBED_CLIPS)):
-            segments, counts = (tensor.to(self.device) for tensor in cut(batch))
+            segments, counts = (tensor.to(self.device) for tensor in to_segments(batch))
             parts.append(self.encode_audio(segments, counts).cpu())
         return torch.cat([torch.zeros(0, self.config.embedding), *parts])
 
@@ -236,8 +227,12 @@ class DualEncoder(nn.Module):
         if tokenizer or saved["tokenizer"] is None:
             tokenizer = load_tokenizer(tokenizer or ROBERTA)
         else:
-            tokenizer = prepared(Tokenizer.from_str(saved["tokenizer"]))
-        model = cls(DualEncoderConfig(**saved["config"]), tokenizer)
+            tokenizer = set_truncation(Tokenizer.from_str(saved["tokenizer"]))
+        try:
+            config = saved.get("config") or dataclasses.asdict(PRESETS["report"]) | saved["sizes"]
+            model = cls(DualEncoderConfig(**config), tokenizer)
+        except TypeError as error:
+            raise InputError(f"{path}: is damaged or of another version ({error})") from error
         load_strictly(model, saved["model"], path)
         model.trained_on, model.stage = saved["trained_on"], saved["stage"]
         return model.to(device).eval()
@@ -260,7 +255,7 @@ def _waveform(sound: Sound, rate: int) -> np.ndarray:
     A file passes through int16, as in the cache, so that it has the same embedding as there.
     """
     if isinstance(sound, str | os.PathLike):
-        sound, rate = to_int16(load_audio(sound, MAX_SEGMENTS)), SAMPLE_RATE
+        sound, rate = to_int16(load_audio(sound, CLIP_SAMPLES // SAMPLE_RATE)), SAMPLE_RATE
     waveform = np.asarray(sound)
     if waveform.ndim != 1 or len(waveform) == 0:
         raise InputError(f"an array of shape {waveform.shape} is no waveform: (n,) is needed, the "
@@ -272,77 +267,6 @@ def _waveform(sound: Sound, rate: int) -> np.ndarray:
         raise InputError(f"a waveform of {waveform.dtype}: int16, or finite floats in -1..1 needed")
     waveform = crop(resample(waveform.astype(np.float32), rate))
     return waveform / max(1.0, np.abs(waveform).max())
-
-
-# --- Checkpoints: ours, and the official baseline's ---
-
-def read_checkpoint(path: AnyPath) -> dict:
-    """What a checkpoint file holds, memory-mapped; the official baseline's is given our form.
-
-    It is an InputError where the file is missing, damaged, of another program or version.
-    """
-    path = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint file")
-    try:
-        # Lightning stores objects of other programs beside the weights: each becomes a dictionary.
-        others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        with torch.serialization.safe_globals([(_Inert, name) for name in others]):
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if "state_dict" in saved:
-            return _from_baseline(saved)
-        DualEncoderConfig(**saved["config"])
-        return saved
-    except Exception as error:  # torch.load raises whatever its parsers meet
-        why = (str(error) or repr(error)).splitlines()[0][:80]
-        raise InputError(f"{path}: is damaged or not this program's checkpoint ({why})") from error
-
-
-def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], source) -> None:
-    """Load weights whose names and shapes are the module's; else an InputError names one."""
-    try:
-        module.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()[:100]
-        raise InputError(f"{source}: its weights do not fit the model: {reason}") from error
-
-
-class _Inert:  # stands for any class that a file names
-    def __new__(cls, *args) -> collections.OrderedDict:  # which takes both items and attributes
-        return collections.OrderedDict()
-
-
-BASELINE_NAMES = {  # where a weight's name begins in the baseline's file, and in ours
-    "tau": "tau", "audio_embedding_model.model.model.": "audio.passt.",
-    "audio_projection.": "audio_projection.", "text_embedding_model.": "text.roberta.",
-    "text_projection.": "text_projection.",
-}
-
-
-def _from_baseline(saved: dict) -> dict:
-    """PyTorch Lightning's checkpoint of the official DCASE 2025 baseline in the form of ours."""
-    weights = {}
-    for name, value in saved["state_dict"].items():
-        name = name.replace("_orig_mod.", "")  # torch.compile's
-        theirs = next(prefix for prefix in BASELINE_NAMES if name.startswith(prefix))
-        weights[BASELINE_NAMES[theirs] + name.removeprefix(theirs)] = value
-    weights = {n: w for n, w in weights.items() if not n.startswith("audio.passt.head")}  # classes
-    weights["tau"] = weights["tau"].abs().reshape(())  # by whose absolute value it divides
-    config = dataclasses.replace(PRESETS["report"], tau=weights["tau"].item())
-    # It always trains on Clotho; its hyperparameters say whether the others were left out.
-    settings = saved.get("hyper_parameters", {})
-    seen = [f"{n}/train" for n in ("audiocaps", "wavcaps") if settings.get(n, True) is not False]
-    return {
-        "config": dataclasses.asdict(config), "tokenizer": None, "model": weights,
-        "trained_on": ["clotho/development", *seen], "stage": "contrastive",
-    }
-
-
-def newest_checkpoint(runs: Path = Path("runs")) -> Path:
-    """The best.pt that was written last below the folder of runs."""
-    if found := sorted(runs.rglob("best.pt"), key=lambda path: path.stat().st_mtime):
-        return found[-1]
-    raise InputError(f"{runs}: no run with a best.pt here; train first, or give --checkpoint")
 
 
 # --- Device and precision ---

@@ -6,6 +6,8 @@ is imported where a picture is drawn.
 """
 
 import base64
+import contextlib
+import dataclasses
 import functools
 import io
 import json
@@ -13,19 +15,22 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from html import escape
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import parse_qsl, quote, urlsplit
 
-import av
 import numpy as np
 from torch import Tensor
 
-from dualenc.audio import MAX_SEGMENTS, SAMPLE_RATE, load_audio, to_int16
+from dualenc.decoding import BLOCK_SECONDS, encode_mp3, load_audio, stream_audio
 from dualenc.errors import InputError, printable, replacing
 from dualenc.metrics import ranks
 
 QUERIES_PER_GROUP = 20
 TOP = 10  # clips shown of each query's ranking
+LISTEN_SECONDS = 30  # of a clip, as they are embedded
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; media-src data:; img-src data:"
 EMBEDDED_BYTES = 25 * 2**20  # of mp3 in one page; in base64 they take a third more
 LOG = "log.jsonl"
 STYLE = {
@@ -41,19 +46,31 @@ PANELS = {  # what each draws of a log, and how: intervals, and the means of epo
 RANK_BINS = (1, 2, 6, 11, 21, 51, 101, 201, 501, 1001, 2001, 5001)  # where each begins
 
 
-def write_evaluation(
-    path: Path, title: str, about: str, columns: Sequence[str],
-    lines: Sequence[tuple[str, Sequence[str]]], runs: Sequence[Path], names: Sequence[str],
-    paths: Sequence[Path], captions: Sequence[str], clip_of_caption: Sequence[int], text: Tensor,
-    audio: Tensor, relevant: dict[int, Sequence[int]],
-) -> None:
-    """Write the page of one model on one split.
+@dataclasses.dataclass
+class Evaluation:
+    """One model on one split: what its page shows. N clips, Q captions, each of them a query."""
 
-    There are N clips and Q captions, each of them a query; text (Q, D) and audio (N, D) have unit
-    norm. `lines` are (label, cells); a label that begins with two spaces belongs to the line above.
-    `runs` are folders whose learning curves are drawn if they hold a log. `relevant` is {caption:
-    its relevant clips} by the new annotations, or {}.
-    """
+    title: str
+    about: str
+    columns: Sequence[str]  # of the table
+    lines: Sequence[tuple[str, Sequence[str]]]  # (label, cells); "  label" belongs to the one above
+    run_folders: Sequence[Path]  # their learning curves are drawn if they hold a log
+    clip_names: Sequence[str]  # (N,)
+    clip_paths: Sequence[Path]  # (N,)
+    captions: Sequence[str]  # (Q,)
+    clip_of_caption: Sequence[int]  # (Q,)
+    text: Tensor  # (Q, D) unit norm
+    audio: Tensor  # (N, D) unit norm
+    annotations: dict[int, Sequence[int]]  # {caption: its relevant clips}, the new annotations
+
+
+def write_evaluation(path: Path, evaluation: Evaluation) -> None:
+    """Write the page of one model on one split."""
+    title, about, columns = evaluation.title, evaluation.about, evaluation.columns
+    lines, runs, names = evaluation.lines, evaluation.run_folders, evaluation.clip_names
+    paths, captions, text = evaluation.clip_paths, evaluation.captions, evaluation.text
+    clip_of_caption, audio = evaluation.clip_of_caption, evaluation.audio
+    relevant = evaluation.annotations
     right = [int(clip) for clip in clip_of_caption]
     rank = np.concatenate(ranks(text, audio, [[clip] for clip in right]))  # (Q,), from 1
     first = dict(zip(reversed(right), reversed(captions), strict=True))  # each clip's first caption
@@ -99,15 +116,6 @@ def write_evaluation(
         temporary.write_text(document(title, body, held), "utf-8", "backslashreplace")
 
 
-def as_text(columns: Sequence[str], lines: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """A table for a terminal, of the same columns and lines as the page's."""
-    first = max(len(label) for label, _ in lines)
-    width = 2 + max(len(cell) for cells in [columns, *(row for _, row in lines)] for cell in cells)
-    rows = [(label, "".join(f"{cell:>{width}}" for cell in row)) for label, row in
-            [("", columns), *lines]]
-    return "\n".join(f"{label:{first}}{cells}" for label, cells in rows)
-
-
 def _table(columns: Sequence[str], lines: Sequence[tuple[str, Sequence[str]]]) -> str:
     def row(label: str, cells: Sequence[str], tag: str = "td") -> str:
         below = " class=below" if label.startswith("  ") else ""
@@ -137,22 +145,10 @@ def _source(path: Path, folder: Path, held: list[bytes]) -> str:
         relative = quote(os.fsencode(os.path.relpath(path, folder)))
         return f'src="{relative}"' if os.path.isfile(path) else ""
     try:
-        held.append(encode_mp3(load_audio(path, MAX_SEGMENTS)))
+        held.append(encode_mp3(load_audio(path, LISTEN_SECONDS)))
     except InputError:
         return ""
     return f'data-sound="{len(held) - 1}"'
-
-
-def encode_mp3(waveform: np.ndarray) -> bytes:
-    """(n,) float in -1..1 at 32 kHz -> an mp3 file, which every browser plays."""
-    target = io.BytesIO()
-    with av.open(target, "w", format="mp3") as file:
-        stream = file.add_stream("libmp3lame", rate=SAMPLE_RATE, layout="mono")
-        frame = av.AudioFrame.from_ndarray(to_int16(waveform)[None], "s16", "mono")
-        frame.sample_rate = SAMPLE_RATE
-        file.mux(stream.encode(frame))
-        file.mux(stream.encode(None))
-    return target.getvalue()
 
 
 def document(title: str, body: str, sounds: Sequence[bytes] | None = None) -> str:
@@ -280,3 +276,61 @@ def write_curves(run_folders: Sequence[Path], path: Path) -> None:
     """Draw the learning curves of runs into one SVG file; InputError where that cannot be done."""
     with replacing(path) as temporary:
         temporary.write_text(_svg(_curves(run_folders), paper="white"), "utf-8")
+
+
+# --- The local page ---
+
+def answer(index, k: int, by: str, sentence: str) -> str:
+    """A page with a text field, and the sounds found; each carries the 10 s that match."""
+    body = (
+        '<h1>Search sounds</h1>\n<form role="search"><label for="q">A sound of</label>'
+        f'<input id="q" name="q" type="search" value="{escape(sentence)}" required>'
+        f'<button>Search</button></form>\n<p class="quiet">{len(index.names):,} files in '
+        f'{escape(str(index.root))}</p>\n<ol class="clips">\n'
+    )
+    try:
+        for match in index.search(sentence, k, by) if sentence else ():
+            blocks = stream_audio(match.path)  # of 10 s each
+            mp3 = encode_mp3(next(islice(blocks, match.start // BLOCK_SECONDS, None)))
+            title = f"{os.path.relpath(match.path, index.root)}, {match.where()}"
+            body += (
+                f"<li>{escape(title)}\n{player(title, mp3)}"
+                f'<p class="quiet">{match.score:.3f}, above {match.above:.1%} of all</p></li>\n'
+            )
+    except InputError as error:  # no word, or a file that was removed since
+        body += f"<li>{escape(str(error))}</li>"
+    return document(f"{sentence} – Search sounds".lstrip(" –"), body + "</ol>")
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        url, port, found = urlsplit(self.path), self.server.server_port, ""
+        hosts = f"127.0.0.1:{port}", f"localhost:{port}"  # or any web page could ask (rebinding)
+        if url.path == "/" and self.headers.get("Host") in hosts:
+            sentence = dict(parse_qsl(url.query)).get("q", "")
+            found = self.server.answer(sentence.strip()[:1000])
+        with contextlib.suppress(ConnectionError):  # the browser may have broken off
+            self.send_response(200 if found else 404)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.send_header("Content-Security-Policy", POLICY)
+            self.end_headers()
+            self.wfile.write(found.encode(errors="backslashreplace"))
+
+    def log_message(self, *arguments) -> None:
+        """Nothing: the terminal is for what the user has to know."""
+
+
+def search_server(port: int) -> ThreadingHTTPServer:
+    """A server on this machine alone; an InputError where the port cannot be had."""
+    try:
+        return ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    except (OSError, OverflowError) as error:
+        raise InputError(f"--port {port}: {error}; name another") from error
+
+
+def serve(server: ThreadingHTTPServer, index, top: int, by: str) -> None:
+    """Answer queries to an index until Ctrl-C."""
+    server.answer = lambda sentence: answer(index, top, by, sentence)
+    print(f"http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()

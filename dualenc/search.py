@@ -10,17 +10,12 @@ The folder is embedded once, into an index in it; later only what is new or chan
 N files    S segments of all files together, s of one    D embedding values
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import shlex
 import sys
 import time
-import urllib.parse
-from html import escape
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,13 +24,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dualenc import audio, page
-from dualenc.errors import InputError, Parser, printable, replacing, run
-from dualenc.model import DualEncoder, choose_device, choose_precision, newest_checkpoint
+from dualenc import audio, decoding, page
+from dualenc.checkpoints import newest_checkpoint
+from dualenc.errors import InputError, Parser, printable, replacing, run_command
+from dualenc.model import DualEncoder, choose_device, choose_precision
 
 INDEX_NAME = ".dualenc-index"  # hidden: sounds_below passes over it
 SAVE_SECONDS = 60  # of embedding that an interruption may cost
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; media-src data:; img-src data:"
 
 
 class Match(NamedTuple):
@@ -46,6 +41,7 @@ class Match(NamedTuple):
     above: float  # the share of the index that scores lower
     start: int
     end: float
+    seconds: float  # of the whole file
 
     def where(self) -> str:
         return f"{page.clock(self.start)} to {page.clock(self.end)}"
@@ -83,7 +79,7 @@ class SoundIndex:
         """
         below = isinstance(sounds, str | os.PathLike)
         root = Path(os.path.abspath(sounds if below else os.sep))
-        paths = map(os.path.abspath, audio.sounds_below(sounds) if below else sounds)
+        paths = map(os.path.abspath, decoding.sounds_below(sounds) if below else sounds)
         stamps = {os.path.relpath(path, root): _stamp(path) for path in paths}
         index = cls(model, root, {}, torch.zeros(0, model.config.embedding))
         if folder is not None and (folder / "index").exists():
@@ -165,8 +161,10 @@ class SoundIndex:
             above = (scores < scores[i]).double().mean().item()
             shares = self.shares[self._ends[i] : self._ends[i + 1]]
             start = int((shares @ query / shares.norm(dim=1)).argmax()) * audio.SEGMENT_SECONDS
-            end = min(start + audio.SEGMENT_SECONDS, self.files[self.names[i]].seconds)
-            matches.append(Match(self.root / self.names[i], scores[i].item(), above, start, end))
+            seconds = self.files[self.names[i]].seconds
+            end = min(start + audio.SEGMENT_SECONDS, seconds)
+            path = self.root / self.names[i]
+            matches.append(Match(path, scores[i].item(), above, start, end, seconds))
         return matches
 
 
@@ -195,61 +193,19 @@ def embed_file(model: DualEncoder, path: Path) -> tuple[Tensor, float, int, str]
     """One file, however long: its shares (s, D); seconds, segments and fault as in File."""
     samples, faults, vectors = 0, [], [torch.zeros(0, model.config.embedding)]
     try:
-        for block in audio.stream_audio(path, faults):
+        for block in decoding.stream_audio(path, faults):
             if samples and len(block) < audio.MIN_REMAINDER:
                 break  # a remainder that does not count
             samples += len(block)
-            block = audio.to_int16(block / max(1.0, np.abs(block).max()))
+            block = decoding.to_int16(block / max(1.0, np.abs(block).max()))
             with torch.inference_mode():
-                segments, _ = audio.cut([block])
+                segments, _ = audio.to_segments([block])
                 vectors.append(model.eval().project_segments(segments.to(model.device)).cpu())
     except InputError as error:
         vectors, faults = vectors[:1], [str(error).removeprefix(printable(f"{path}: "))]
     own = torch.cat(vectors)
-    seconds = min(samples / audio.SAMPLE_RATE, len(own) * audio.SEGMENT_SECONDS)
+    seconds = min(samples / decoding.SAMPLE_RATE, len(own) * audio.SEGMENT_SECONDS)
     return own / own.sum(dim=0).norm(), seconds, len(own), "; ".join(faults)
-
-
-# --- The local page ---
-
-def answer(index: SoundIndex, k: int, by: str, sentence: str) -> str:
-    """A page with a text field, and the sounds found; each carries the 10 s that match."""
-    body = (
-        '<h1>Search sounds</h1>\n<form role="search"><label for="q">A sound of</label>'
-        f'<input id="q" name="q" type="search" value="{escape(sentence)}" required>'
-        f'<button>Search</button></form>\n<p class="quiet">{len(index.names):,} files in '
-        f'{escape(str(index.root))}</p>\n<ol class="clips">\n'
-    )
-    try:
-        for match in index.search(sentence, k, by) if sentence else ():
-            blocks = audio.stream_audio(match.path)  # of a segment each
-            mp3 = page.encode_mp3(next(islice(blocks, match.start // audio.SEGMENT_SECONDS, None)))
-            title = f"{os.path.relpath(match.path, index.root)}, {match.where()}"
-            body += (
-                f"<li>{escape(title)}\n{page.player(title, mp3)}"
-                f'<p class="quiet">{match.score:.3f}, above {match.above:.1%} of all</p></li>\n'
-            )
-    except InputError as error:  # no word, or a file that was removed since
-        body += f"<li>{escape(str(error))}</li>"
-    return page.document(f"{sentence} – Search sounds".lstrip(" –"), body + "</ol>")
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        url, port, found = urllib.parse.urlsplit(self.path), self.server.server_port, ""
-        hosts = f"127.0.0.1:{port}", f"localhost:{port}"  # or any web page could ask (rebinding)
-        if url.path == "/" and self.headers.get("Host") in hosts:
-            sentence = dict(urllib.parse.parse_qsl(url.query)).get("q", "")
-            found = self.server.answer(sentence.strip()[:1000])
-        with contextlib.suppress(ConnectionError):  # the browser may have broken off
-            self.send_response(200 if found else 404)
-            self.send_header("Content-Type", "text/html; charset=utf-8")
-            self.send_header("Content-Security-Policy", POLICY)
-            self.end_headers()
-            self.wfile.write(found.encode(errors="backslashreplace"))
-
-    def log_message(self, *arguments) -> None:
-        """Nothing: the terminal is for what the user has to know."""
 
 
 # --- The command ---
@@ -281,7 +237,7 @@ def parse_arguments():
     if args.sentence is not None:
         args.sentence = in_words(args.sentence)
     if args.like:
-        next(audio.stream_audio(args.like))  # is a sound, or said before the folder is embedded
+        next(decoding.stream_audio(args.like))  # is a sound, or said before the folder is embedded
     return args
 
 
@@ -297,10 +253,7 @@ def show(query: str, matches: list[Match], root: Path, as_json: bool) -> None:
 
 def main() -> None:
     args = parse_arguments()
-    try:  # before all that takes long
-        server = ThreadingHTTPServer(("127.0.0.1", args.port), Handler) if args.serve else None
-    except (OSError, OverflowError) as error:
-        raise InputError(f"--port {args.port}: {error}; name another") from error
+    server = page.search_server(args.port) if args.serve else None  # before all that takes long
     device = choose_device(args.device)
     model = DualEncoder.load(args.checkpoint or newest_checkpoint(), device, args.tokenizer)
     model.precision = choose_precision(args.precision, device)
@@ -315,10 +268,7 @@ def main() -> None:
         for name, fault in faults.items():
             print(printable(f"{name}: {fault}"))
     elif server:
-        server.answer = lambda sentence: answer(index, args.top, args.by, sentence)
-        print(f"http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            server.serve_forever()
+        page.serve(server, index, args.top, args.by)
     elif given := args.like or args.sentence:
         find = index.search_like if args.like else index.search
         show(str(given), find(given, args.top, args.by), index.root, args.json)
@@ -335,4 +285,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -47,15 +47,15 @@ def train_bpe(captions: Iterable[str], vocabulary: int) -> Tokenizer:
     )
     tokenizer = Tokenizer.from_str(bpe.to_str())
     tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
-    return prepared(tokenizer)
+    return set_truncation(tokenizer)
 
 
 def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
     """A RoBERTa tokenizer: a name at the Hugging Face hub, or a folder; else an InputError."""
-    return prepared(_published(AutoTokenizer, source, "--tokenizer").backend_tokenizer)
+    return set_truncation(_published(AutoTokenizer, source, "--tokenizer").backend_tokenizer)
 
 
-def prepared(tokenizer: Tokenizer) -> Tokenizer:
+def set_truncation(tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer, set to truncate and not to pad."""
     if tokenizer.token_to_id("<pad>") != PAD_ID:
         raise InputError("the tokenizer is missing or not RoBERTa's: <pad> has not the id 1")

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dualenc.checkpoints import save_atomically
 from dualenc.errors import InputError, replacing
 
 STOPPED = "stopped, and last.pt is as it was (a lower --max-lr or --precision fp32 may help)"
@@ -175,12 +176,4 @@ class Run:
         training = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         training |= {key: getattr(self, key) for key in ("step", "validated", "best", "losses")}
         if RANK == 0:
-            write(model.checkpoint() | {"training": training}, self.last_path)
-
-
-def write(values: dict, path: Path) -> None:
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        try:
-            torch.save(values, file)
-        except RuntimeError as error:  # a full disk is named in the error behind torch's own
-            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+            save_atomically(model.checkpoint() | {"training": training}, self.last_path)

@@ -11,10 +11,10 @@ import torch
 import torchaudio
 from conftest import noise, write_wav
 
-from dualenc import audio
+from dualenc import audio, decoding
 from dualenc.errors import InputError
 
-RATE = audio.SAMPLE_RATE
+RATE = decoding.SAMPLE_RATE
 BARE = {"write_xing": "0", "id3v2_version": "0"}  # an mp3 without Xing frame, as sox writes it
 ID3 = b"ID3\3\0\0\0\0\0\x12TIT2\0\0\0\x08\0\0\3\xe9Info\xe9\xe9"  # a title in no valid encoding
 
@@ -74,7 +74,7 @@ def wav_of_sizes(riff: int, data: int) -> bytes:
 
 def load(path: Path, content: bytes) -> tuple[np.ndarray, list[str]]:
     path.write_bytes(content)
-    return audio.load_audio(path, faults=(faults := [])), faults
+    return decoding.load_audio(path, faults=(faults := [])), faults
 
 
 # --- Sound file -> waveform ---
@@ -124,7 +124,7 @@ def test_blocks_last_10_s_where_files_of_other_channels_were_joined(tmp_path):
         stereo = encoded("mp3", "libmp3lame", np.stack([tone(seconds)] * 2, axis=1))
         path = tmp_path / f"{seconds}.mp3"
         path.write_bytes(stereo + encoded("mp3", "libmp3lame", tone(10)))
-        *blocks, last = audio.stream_audio(path)
+        *blocks, last = decoding.stream_audio(path)
         assert {len(block) for block in blocks} == {10 * RATE} and len(last) < 10 * RATE
         assert (10 * len(blocks) + len(last) / RATE) == pytest.approx(seconds + 10, abs=0.1)
 
@@ -155,32 +155,32 @@ def test_a_name_is_a_files_even_with_a_colon_and_no_pipes(tmp_path, monkeypatch)
     os.mkfifo("pipe.wav")  # which would wait for ever
     for line in ("pipe.wav: is not a file", "none.wav: no such file"):
         with pytest.raises(InputError, match=line):
-            audio.load_audio(line.partition(":")[0])
-    assert len(audio.load_audio(write_wav(Path("http:a%d.wav"), noise(1)))) == RATE
+            decoding.load_audio(line.partition(":")[0])
+    assert len(decoding.load_audio(write_wav(Path("http:a%d.wav"), noise(1)))) == RATE
 
 
 def test_levels_and_channels(tmp_path):
-    mono = audio.load_audio(write_wav(tmp_path / "mono.wav", noise(1)))
+    mono = decoding.load_audio(write_wav(tmp_path / "mono.wav", noise(1)))
     ten = write_wav(tmp_path / "ten.wav", np.repeat(noise(1)[:, None], 10, axis=1))
-    np.testing.assert_array_equal(audio.load_audio(ten), mono)
+    np.testing.assert_array_equal(decoding.load_audio(ten), mono)
     against = write_wav(tmp_path / "against.wav", np.stack([noise(1), -noise(1)], axis=1))
-    assert np.abs(audio.load_audio(against)).max() < 1e-4
-    (channels,) = audio.all_channels(against, [])
+    assert np.abs(decoding.load_audio(against)).max() < 1e-4
+    (channels,) = decoding.all_channels(against, [])
     np.testing.assert_allclose(channels, np.stack([noise(1), -noise(1)], axis=1), atol=1e-4)
     hot, _ = load(tmp_path / "hot.wav", encoded("wav", "pcm_f32le", 8 * tone(1)))
     np.testing.assert_allclose(hot, 2 * tone(1), atol=1e-5)  # divided by its peak, not clipped
-    assert np.abs(next(audio.stream_audio(tmp_path / "hot.wav"))).max() == pytest.approx(4)
+    assert np.abs(next(decoding.stream_audio(tmp_path / "hot.wav"))).max() == pytest.approx(4)
 
 
 def test_int16_is_exact_and_blocks_join_to_the_whole(tmp_path):
     samples = np.random.default_rng(0).integers(-32_768, 32_768, 61 * RATE + 9, np.int16)
     path = write_wav(tmp_path / "a.wav", samples / 32_768)
-    waveform, (*blocks, last) = audio.load_audio(path), audio.stream_audio(path)
-    np.testing.assert_array_equal(audio.to_int16(waveform), samples)
+    waveform, (*blocks, last) = decoding.load_audio(path), decoding.stream_audio(path)
+    np.testing.assert_array_equal(decoding.to_int16(waveform), samples)
     assert len(blocks) > 1 and all(len(block) % audio.SEGMENT_SAMPLES == 0 for block in blocks)
     np.testing.assert_array_equal(np.concatenate([*blocks, last]), waveform)
-    np.testing.assert_array_equal(audio.load_audio(path, 2), waveform[: 20 * RATE])
-    assert audio.to_int16(np.array([-9.0, 9.0])).tolist() == [-32_768, 32_767]
+    np.testing.assert_array_equal(decoding.load_audio(path, 20), waveform[: 20 * RATE])
+    assert decoding.to_int16(np.array([-9.0, 9.0])).tolist() == [-32_768, 32_767]
 
 
 # --- Resampling, and what it must not change; segments ---
@@ -205,7 +205,7 @@ def natural(rate: int) -> np.ndarray:
 def test_resampling_is_as_good_as_a_kaiser_windowed_one(rate, tmp_path):
     sound = natural(rate)
     waveform, _ = load(tmp_path / "a.wav", encoded("wav", "pcm_f32le", sound, rate))
-    np.testing.assert_array_equal(audio.resample(sound, rate), waveform)
+    np.testing.assert_array_equal(decoding.resample(sound, rate), waveform)
     both = np.stack([each[: 3 * RATE - 1] for each in (waveform, kaiser(sound, rate, RATE))])
     ours, other = audio.LogMel().eval()(torch.from_numpy(both))
     assert (ours - other).abs().mean() < (0.003 if rate < RATE else 0.0005)
@@ -228,8 +228,8 @@ def test_copies_in_any_form_embed_alike_and_10_ms_more_change_nothing(tmp_path, 
 def test_cut_pads_the_last_segment_only_and_drops_a_short_remainder(samples, count):
     waveform = np.random.default_rng(0).integers(1, 9, samples, np.int16)
     clips = [waveform[:9], waveform, waveform[:9]]
-    before, segments, after = audio.cut(clips)[0].split([1, count, 1])
-    assert audio.cut([waveform, waveform[:9]])[1].tolist() == [count, 1]
+    before, segments, after = audio.to_segments(clips)[0].split([1, count, 1])
+    assert audio.to_segments([waveform, waveform[:9]])[1].tolist() == [count, 1]
     kept, segments = waveform[: count * 320_000], segments.numpy()
     assert segments.shape == (count, 320_000) and segments.dtype == np.int16
     np.testing.assert_array_equal(segments.reshape(-1)[: len(kept)], kept)

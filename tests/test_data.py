@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from conftest import CAPTIONS, noise, write_csv, write_folder, write_wav
 
-from dualenc import data
-from dualenc.audio import SEGMENT_SAMPLES, load_audio, to_int16
-from dualenc.data import PairBatches, decode, read_split, training_splits, was_seen
+from dualenc import data, decoding
+from dualenc.audio import SEGMENT_SAMPLES
+from dualenc.data import PairBatches, decode_splits, read_split, training_splits, was_seen
+from dualenc.decoding import load_audio, to_int16
 from dualenc.errors import InputError
 from dualenc.text import train_bpe
 
@@ -141,14 +142,19 @@ def test_sounds_that_are_not_there(tmp_path):
 
 def test_a_sound_is_decoded_once_and_again_when_it_changes(tmp_path, monkeypatch):
     folder, decoded = write_folder(tmp_path / "mine", 3), []
-    monkeypatch.setattr(data, "load_audio", lambda p, **k: decoded.append(p) or load_audio(p, **k))
+
+    def load(path, **options):
+        decoded.append(path)
+        return load_audio(path, **options)
+
+    monkeypatch.setattr(decoding, "load_audio", load)
     split = read_split(str(folder), "all", tmp_path)
     for _ in range(2):
-        decode([split, split], tmp_path / "cache")
+        decode_splits([split, split], tmp_path / "cache")
     assert len(decoded) == 3 and split.waveforms[1].dtype == np.int16
     np.testing.assert_array_equal(split.waveforms[1], to_int16(load_audio(folder / "1.wav")))
     write_wav(folder / "1.wav", noise(2.0))
-    decode([split], tmp_path / "cache")
+    decode_splits([split], tmp_path / "cache")
     assert len(decoded) == 4 and len(split.waveforms[1]) == 64_000
 
 
@@ -158,7 +164,7 @@ def test_all_sounds_that_cannot_be_used_are_listed(tmp_path):
     whole = (folder / "2.wav").read_bytes()
     (folder / "2.wav").write_bytes(whole[: len(whole) // 3])  # cut off, and its header says so
     with pytest.raises(InputError) as error:
-        decode([read_split(str(folder), "all", tmp_path)], tmp_path / "cache")
+        decode_splits([read_split(str(folder), "all", tmp_path)], tmp_path / "cache")
     assert "(2):" in str(error.value) and "0.wav: cannot be read" in str(error.value)
     assert "2.wav: is cut off: 0.3 s of 1.0 s" in str(error.value)
 
@@ -206,7 +212,7 @@ def test_check_reads_sounds_without_captions(tmp_path, monkeypatch, capsys):
 def split(tmp_path_factory):
     folder = write_folder(tmp_path_factory.mktemp("mine"), clips=7, captions=3)
     found = read_split(str(folder), "all", folder)
-    decode([found], folder / "cache")
+    decode_splits([found], folder / "cache")
     return found
 
 
@@ -231,11 +237,11 @@ def test_shares_are_the_parts_of_one_batch(split):
     parts = [PairBatches([split], tokenizer, 6, 2, rank=rank, world=2)[3] for rank in (0, 1)]
     for part in parts:
         assert part.pair_ids.tolist() == whole.pair_ids.tolist() and len(part.tokens) == 3
-    rows = [p.segments[p.clip_of_pair] for p in parts]  # clips of one segment
-    np.testing.assert_array_equal(np.concatenate(rows), whole.segments[whole.clip_of_pair])
-    pieces = list(whole.split(4))
-    rows = [p.segments[p.clip_of_pair] for p in pieces]
-    np.testing.assert_array_equal(np.concatenate(rows), whole.segments[whole.clip_of_pair])
+    rows = [p.segments[p.clip_rows] for p in parts]  # clips of one segment
+    np.testing.assert_array_equal(np.concatenate(rows), whole.segments[whole.clip_rows])
+    pieces = list(whole.pieces(4))
+    rows = [p.segments[p.clip_rows] for p in pieces]
+    np.testing.assert_array_equal(np.concatenate(rows), whole.segments[whole.clip_rows])
     assert [len(piece.tokens) for piece in pieces] == [4, 2]
 
 
@@ -245,7 +251,7 @@ def test_long_clips_are_cropped_anew_in_each_epoch(tmp_path):
     header = ["file_name", "caption_1", "caption_2"]
     write_csv(tmp_path / "captions.csv", header, [["a.wav", *"xy"]])
     split = read_split(str(tmp_path), "all", tmp_path)
-    decode([split], tmp_path / "cache")
+    decode_splits([split], tmp_path / "cache")
     batches = PairBatches([split], train_bpe(CAPTIONS, 1000), 2, captions_per_clip=2)
     starts = [int(batches[step].segments[0, 0]) for step in range(4)]
     assert len(set(starts)) == 4 and starts[0] == int(batches[0].segments[0, 0])

@@ -58,7 +58,7 @@ def test_rows_leads_and_spreads(place, monkeypatch, capsys, tmp_path):
         "Clotho, contrastive, ensemble"]
     assert out.count("95 % interval (too short)") == 7 and "report:" not in out
     split = data.read_split("clotho", "test", place)
-    data.decode([split], place / "cache")
+    data.decode_splits([split], place / "cache")
     embedded = []
     for path in paths[:2]:
         model = evaluate.DualEncoder.load(path)
@@ -148,7 +148,7 @@ def test_bad_input_is_one_line(script, line, says, place, monkeypatch, tmp_path,
     write_csv(tmp_path / "wrong.csv", ["query", "audio_filenames"], [["x", "['gone.wav']"]])
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *line.split()])
     with pytest.raises(SystemExit) as ended:
-        errors.run(script.main)
+        errors.run_command(script.main)
     err = capsys.readouterr().err.strip()
     assert ended.value.code == 2 and says in err and "Traceback" not in err
     assert len(err.splitlines()) == 1, err
@@ -162,6 +162,6 @@ def test_damaged_sounds_are_listed_before_training(place, monkeypatch, tmp_path,
     given = f"{TINY} {folder} --batch-size 2 --out {tmp_path / 'run'}".split()
     monkeypatch.setattr(sys, "argv", ["train.py", *given])
     with pytest.raises(SystemExit):
-        errors.run(train.main)
+        errors.run_command(train.main)
     lines = capsys.readouterr().err.strip().splitlines()
     assert "cannot be used (2)" in lines[0] and "1.wav" in lines[1] and "4.wav" in lines[2]

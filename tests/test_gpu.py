@@ -20,8 +20,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from dualenc import DualEncoder
-from dualenc.audio import cut, to_int16
+from dualenc.audio import to_segments
 from dualenc.data import Batch
+from dualenc.decoding import to_int16
 from dualenc.losses import contrastive_loss, distillation_loss
 from dualenc.search import embed_file
 
@@ -60,11 +61,11 @@ class PretendedGPU(TorchDispatchMode):
 
 @contextlib.contextmanager
 def pretended_gpu():
-    split = Batch.split
+    pieces = Batch.pieces
 
-    def split_outside(batch, pairs):  # it reads values, on the CPU
+    def pieces_outside(batch, pairs):  # it reads values, on the CPU
         with unset_fake_temporarily():
-            return list(split(batch, pairs))
+            return list(pieces(batch, pairs))
 
     def value(tensor):
         assert tensor.device.type == "cpu", "the GPU is waited for"
@@ -73,7 +74,7 @@ def pretended_gpu():
     with (
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
         mock.patch("torch.cuda.is_bf16_supported", return_value=True),  # else no autocast
-        mock.patch.object(Batch, "split", split_outside),
+        mock.patch.object(Batch, "pieces", pieces_outside),
         mock.patch.object(Tensor, "item", value),
         FAKE, PretendedGPU() as gpu,
     ):
@@ -97,7 +98,7 @@ def make_batch() -> Batch:
     """Five pairs of four clips, every second one of two segments; the middle pairs share theirs."""
     clips = [to_int16(noise(3 + 10 * (i % 2), seed=i)) for i in range(4)]
     rows, tokens = torch.tensor([0, 1, 2, 2, 3]), torch.arange(30).view(5, 6)
-    return Batch(*cut(clips), rows, tokens, rows, rows)
+    return Batch(*to_segments(clips), rows, tokens, rows, rows)
 
 
 def checked(encode, *tensors, **options):

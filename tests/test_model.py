@@ -21,9 +21,12 @@ from torch.nn.functional import normalize
 from transformers import RobertaConfig, RobertaModel, RobertaTokenizer
 
 from dualenc import DualEncoder, text
-from dualenc.audio import AudioTower, published_passt, resample
+from dualenc.audio import AudioTower
+from dualenc.checkpoints import newest_checkpoint, published_passt
+from dualenc.decoding import resample
 from dualenc.errors import InputError
-from dualenc.model import PRESETS, choose_device, choose_precision, newest_checkpoint
+from dualenc.model import PRESETS, choose_device, choose_precision
+from evaluate import label_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:stft with return", "ignore:.*autocast")  # theirs
 SIZES = dict(vocab_size=400, hidden_size=64, num_hidden_layers=2, num_attention_heads=1,
@@ -171,7 +174,7 @@ def test_other_models_and_tokenizers_are_refused(theirs, tmp_path):
     with pytest.raises(InputError, match=f"^{tmp_path}: is no RoBERTa: lacks encoder.layer.1"):
         text.published_roberta(str(tmp_path))
     with pytest.raises(InputError, match="not RoBERTa's"):
-        text.prepared(tokenizers.Tokenizer(tokenizers.models.BPE()))
+        text.set_truncation(tokenizers.Tokenizer(tokenizers.models.BPE()))
 
 
 # --- Python, as users write it ---
@@ -227,7 +230,7 @@ def test_a_checkpoint_needs_nothing_else(tiny_model, tmp_path, roberta):
     assert loaded.tokenizer.to_str() == text.load_tokenizer(roberta).to_str()
     loaded.trained_on, loaded.stage = ["mine@1/all", "audiocaps/train", "clotho/x"], "distilled"
     torch.save(loaded.checkpoint(), best)
-    assert DualEncoder.load(best).label == "Clotho + AudioCaps + mine, distilled"
+    assert label_of(DualEncoder.load(best)) == "Clotho + AudioCaps + mine, distilled"
 
 
 def test_no_checkpoint_is_said_and_nothing_in_it_is_executed(tiny_model, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dualenc import page
-from dualenc.page import encode_mp3
+from dualenc.decoding import encode_mp3
 from dualenc.errors import InputError
 
 
@@ -68,10 +68,10 @@ def evaluation(tmp_path_factory):
     audio = unit(torch.randn(N_CLIPS, 8), dim=1)
     text = unit(audio[clip] + torch.randn(2 * N_CLIPS, 8), dim=1)
     lines = [("Clotho & <b>", ["31.95", "27.57"]), ("  interval", ["30.00..33.00", "<"])]
-    page.write_evaluation(
-        folder / "page.html", "A <b>page</b>", "R@k: <any>", ["mAP", "mAP@10"], lines,
+    page.write_evaluation(folder / "page.html", page.Evaluation(
+        "A <b>page</b>", "R@k: <any>", ["mAP", "mAP@10"], lines,
         [write_run(folder / "<i>"), folder], names, paths, captions, clip, text, audio, RELEVANT,
-    )
+    ))
     return SimpleNamespace(**locals(), html=(folder / "page.html").read_text(encoding="utf-8"))
 
 

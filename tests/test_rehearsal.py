@@ -73,7 +73,7 @@ def test_the_readmes_commands_with_every_default(tmp_path, monkeypatch, capfd):
     for command in commands(tmp_path):
         monkeypatch.setattr(sys, "argv", command)
         with pytest.raises(SystemExit) as ended:
-            errors.run(importlib.import_module(command[0].removesuffix(".py")).main)
+            errors.run_command(importlib.import_module(command[0].removesuffix(".py")).main)
         printed = "".join(capfd.readouterr())
         noises = "UNEXPECTED", "Warning", "Loading", "self.norm", "Traceback"
         assert not (ended.value.code or any(noise in printed for noise in noises)), printed

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from conftest import CAPTIONS, noise, write_wav
 
-from dualenc import DualEncoder, audio, search
+from dualenc import DualEncoder, audio, decoding, page, search
 from dualenc.errors import InputError
 from dualenc.search import File, SoundIndex
 
@@ -40,7 +40,7 @@ def test_all_of_a_file_is_embedded_as_by_the_model(tiny_model, tmp_path):
     assert index.names == list(ends)
     parts = index.shares.split([1, 2, 3, 4])
     for (name, end), shares in zip(ends.items(), parts, strict=True):
-        segments = audio.cut([audio.load_audio(tmp_path / name)])[0]
+        segments = audio.to_segments([decoding.load_audio(tmp_path / name)])[0]
         own = tiny_model.project_segments(segments).detach()
         close(F.normalize(shares, dim=1), F.normalize(own, dim=1))
         close(shares.sum(dim=0), F.normalize(own.mean(dim=0), dim=0))
@@ -98,7 +98,7 @@ def test_equal_scores_keep_the_order_of_files_and_count_as_not_lower(tiny_model,
 
 
 def test_only_new_and_changed_files_are_embedded(tiny_model, folder, tmp_path, monkeypatch):
-    read, stream_audio, interruptions = [], audio.stream_audio, [KeyboardInterrupt]
+    read, stream_audio, interruptions = [], decoding.stream_audio, [KeyboardInterrupt]
 
     def stream(path, faults):
         read.append(path.name)
@@ -110,7 +110,7 @@ def test_only_new_and_changed_files_are_embedded(tiny_model, folder, tmp_path, m
         read.clear()
         return SoundIndex.build(tiny_model, folder, tmp_path / "index")
 
-    monkeypatch.setattr(audio, "stream_audio", stream)
+    monkeypatch.setattr(decoding, "stream_audio", stream)
     monkeypatch.setattr(search, "SAVE_SECONDS", -1)  # due after every file
     bad = folder / os.fsdecode(b"bad \xff\n.wav")  # no UTF-8
     bad.write_bytes(b"no sound")
@@ -254,8 +254,8 @@ def test_the_page_plays_what_matches(command, folder, capsys, monkeypatch):
         server.shutdown()
         raise KeyboardInterrupt  # ends it without a traceback
 
-    serve_forever = search.ThreadingHTTPServer.serve_forever
-    monkeypatch.setattr(search.ThreadingHTTPServer, "serve_forever", serve)
+    serve_forever = page.ThreadingHTTPServer.serve_forever
+    monkeypatch.setattr(page.ThreadingHTTPServer, "serve_forever", serve)
     command("--serve", "--port", 0, "--audio", folder)
     assert "http://127.0.0.1:" in capsys.readouterr().out
 
@@ -264,10 +264,10 @@ def test_what_is_played_is_the_segment_that_matches(tiny_model, tmp_path, monkey
     waveform = noise(35, 5) * np.repeat([0.1, 1, 0.3, 0.6], 320_000)[: 35 * 32_000]
     path, played = write_wav(tmp_path / "long.wav", waveform), []
     index = search.SoundIndex.build(tiny_model, tmp_path)
-    monkeypatch.setattr(search.page, "encode_mp3", lambda sound: played.append(sound) or b"")
+    monkeypatch.setattr(page, "encode_mp3", lambda sound: played.append(sound) or b"")
     for start, end in ((0, 10), (10, 20), (20, 30), (30, 35)):
-        match = search.Match(path, 0.5, 0.5, start, end)
+        match = search.Match(path, 0.5, 0.5, start, end, 35)
         monkeypatch.setattr(index, "search", lambda *arguments, match=match: [match])
-        search.answer(index, 1, "file", "rain")
+        page.answer(index, 1, "file", "rain")
         expected = waveform[start * 32_000 : end * 32_000]
         np.testing.assert_allclose(played.pop(), expected, atol=1e-4)

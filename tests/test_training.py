@@ -17,7 +17,7 @@ from conftest import write_folder
 import distill
 import train
 from dualenc import DualEncoder
-from dualenc.data import PairBatches, decode, read_split
+from dualenc.data import PairBatches, decode_splits, read_split
 from dualenc.errors import InputError
 from dualenc.losses import contrastive_loss
 from dualenc.training import learning_rate
@@ -67,13 +67,13 @@ def gradients(model, batch, encode) -> torch.Tensor:
 
 def test_pieces_have_the_gradient_of_one_graph_and_of_the_whole_batch(sounds, tmp_path):
     split = read_split(str(sounds), "all", tmp_path)
-    decode([split], sounds / "cache")
+    decode_splits([split], sounds / "cache")
     model = DualEncoder.create("tiny", "random", split.captions)
     batch = PairBatches([split], model.tokenizer, 8, captions_per_clip=2)[0]
 
     def pieces_in_one_graph():
         parts = []
-        for segments, counts, rows, tokens in (p.inputs(model.device) for p in batch.split(3)):
+        for segments, counts, rows, tokens in (p.inputs(model.device) for p in batch.pieces(3)):
             parts.append((model.encode_audio(segments, counts)[rows], model.encode_text(tokens)))
         return tuple(map(torch.cat, zip(*parts, strict=True)))
 
@@ -88,7 +88,7 @@ def test_pieces_have_the_gradient_of_one_graph_and_of_the_whole_batch(sounds, tm
 
 def test_a_clip_encoded_once_is_the_clip_encoded_for_each_caption(sounds, tmp_path):
     split = read_split(str(sounds), "all", tmp_path)
-    decode([split], sounds / "cache")
+    decode_splits([split], sounds / "cache")
     model = DualEncoder.create("tiny", "random", split.captions).eval()
     batch = PairBatches([split], model.tokenizer, 8, captions_per_clip=2)[0]
     assert len(batch.counts) == 4
