@@ -1,117 +1,497 @@
-"""Rows, labels, leads and spreads; what may be evaluated on; the files; bad input, line by line."""
+"""evaluate.py: Table 1 against a second route, the files, what may be evaluated on, bad input."""
 
+import contextlib
 import csv
+import html
+import io
 import json
+import os
+import re
 import sys
+import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import noise, write_csv, write_folder, write_wav
+from conftest import write_csv, write_folder, write_wav
+from torch.nn.functional import normalize
 
 import distill
 import evaluate
 import train
-from dualenc import data, errors, search
-from dualenc.metrics import bootstrap, interval, query_metrics, ranks
+from dualenc import DualEncoder, data, errors, search
 
-CLOTHO = ["file_name", *(f"caption_{i}" for i in range(1, 6))]
+# --- A small Clotho test split, and models whose embeddings are known ---
+
+CLIPS = range(1, 21)  # "1.wav" to "20.wav"; "0.wav" is in the csv, first, but not on disk
+CAPTIONS_PER_CLIP = 5
+CAPTIONS_OF_CLIP_4 = 2
+ANNOTATIONS = {  # query: numbers of its relevant clips
+    "clip 2 sounds b": [2, 9],
+    "clip 2 sounds d": [2, 7, 11],
+    "clip 4 sounds a": [4],
+    "clip 9 sounds c": [2, 5, 9, 13],
+    "clip 12 sounds e": [3, 12],
+    "clip 17 sounds a": [17, 18, 19],
+    "clip 20 sounds b": [1, 20],
+}
+MODELS = {  # name: (temperature, embedding width, stage, what it was trained on)
+    "a": (0.01, 8, "contrastive", ["clotho/development"]),
+    "b": (0.02, 8, "contrastive", ["clotho/development"]),
+    "c": (0.03, 12, "distilled", ["audiocaps/val", "clotho/development"]),
+    "d": (0.04, 8, "contrastive", ["clotho/development"]),
+    "seen": (0.05, 8, "contrastive", ["clotho/evaluation"]),
+}
+COLUMNS = {  # column of the table: (source of relevance and metric in the JSON)
+    "new mAP@16": ("new annotations", "mAP@16"),
+    "new mAP@10": ("new annotations", "mAP@10"),
+    "mAP@10": ("captions", "mAP@10"),
+    "R@1": ("captions", "R@1"),
+    "R@5": ("captions", "R@5"),
+    "R@10": ("captions", "R@10"),
+}
+
+
+def captions_of(clip: int) -> list[str]:
+    count = CAPTIONS_OF_CLIP_4 if clip == 4 else CAPTIONS_PER_CLIP
+    return [f"clip {clip} sounds {word}" for word in "abcde"[:count]]
+
+
+def unit_vector(model: str, content: str) -> torch.Tensor:
+    """A random direction that depends on the model and on what is embedded, and on nothing else."""
+    width = MODELS[model][1]
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{model}: {content}".encode()))
+    return normalize(torch.randn(width, generator=generator), dim=0)
+
+
+def embedding_of_clip(model: str, clip: int) -> torch.Tensor:
+    return unit_vector(model, f"the sound of clip {clip}")
+
+
+def embedding_of_caption(model: str, caption: str) -> torch.Tensor:
+    """Nearer to the caption's clip than chance would be, and different for each caption."""
+    clip = int(caption.split()[1])
+    return normalize(embedding_of_clip(model, clip) + unit_vector(model, caption), dim=0)
+
+
+def model_name(model: DualEncoder) -> str:
+    (name,) = [name for name in MODELS if abs(MODELS[name][0] - model.tau.item()) < 1e-6]
+    return name
+
+
+def known_embed_audio(model: DualEncoder, sounds) -> torch.Tensor:
+    """In place of embed_audio. A clip's number is the height of its waveform."""
+    clips = [round(100 * float(sound[0]) / 32_767) for sound in sounds]
+    return torch.stack([embedding_of_clip(model_name(model), clip) for clip in clips])
+
+
+def known_embed_text(model: DualEncoder, captions) -> torch.Tensor:
+    return torch.stack([embedding_of_caption(model_name(model), caption) for caption in captions])
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, tiny_model) -> Path:
-    """A test split of six clips with new annotations, a folder, and three checkpoints."""
-    folder = tmp_path_factory.mktemp("place")
-    rows = [[f"{i}.wav", *(f"clip {i} sounds {word}" for word in "abcde")] for i in range(6)]
-    write_csv(folder / "clotho_captions_evaluation.csv", CLOTHO, rows)
-    for i in range(6):
-        write_wav(folder / "evaluation" / f"{i}.wav", noise(0.5, seed=i) * (i + 1) / 6)
-    new = [[rows[0][1], "['0.wav', '3.wav']"], [rows[4][2], "['4.wav']"]]
-    write_csv(folder / "metadata_eval.csv", ["query", "audio_filenames"], new)
+def here(tmp_path_factory, tiny_model) -> Path:
+    """A folder: Clotho's test split with new annotations, somebody's own sounds, checkpoints."""
+    folder = tmp_path_factory.mktemp("here")
+    rows = []
+    for clip in [0, *CLIPS]:
+        captions = captions_of(clip)
+        blanks = [""] * (CAPTIONS_PER_CLIP - len(captions))
+        rows.append([f"{clip}.wav", *captions, *blanks])
+    header = ["file_name", *(f"caption_{i}" for i in range(1, 6))]
+    write_csv(folder / "clotho_captions_evaluation.csv", header, rows)
+    for clip in CLIPS:
+        write_wav(folder / "evaluation" / f"{clip}.wav", np.full(1600, clip / 100))
+    write_annotations(folder / "metadata_eval.csv", ANNOTATIONS)
     write_folder(folder / "mine", 4)
-    for name, stage, seen in (("a", "contrastive", ["clotho/development"]),
-                              ("b", "contrastive", ["clotho/development"]),
-                              ("c", "distilled", ["audiocaps/val", "clotho/development"])):
-        with torch.no_grad():
-            for i, weights in enumerate(tiny_model.parameters()):
-                weights.add_(torch.randn(weights.shape, generator=torch.manual_seed(i)) * 0.02)
-        tiny_model.stage, tiny_model.trained_on = stage, seen
-        torch.save(tiny_model.checkpoint(), folder / f"{name}.pt")
+    for name, (temperature, _, stage, trained_on) in MODELS.items():
+        write_checkpoint(folder / f"{name}.pt", tiny_model, stage, trained_on, temperature)
     return folder
 
 
-def run(place, monkeypatch, *arguments) -> int:
-    given = ["evaluate.py", "--data-dir", str(place), *map(str, arguments)]
-    monkeypatch.setattr(sys, "argv", given)
-    return evaluate.main()
+def write_annotations(path: Path, annotations: dict[str, list[int]]) -> Path:
+    rows = []
+    for query, clips in annotations.items():
+        rows.append([query, str([f"{clip}.wav" for clip in clips])])
+    return write_csv(path, ["query", "audio_filenames"], rows)
 
 
-def test_rows_leads_and_spreads(place, monkeypatch, capsys, tmp_path):
-    paths = [place / f"{name}.pt" for name in "abc"]
-    run(place, monkeypatch, "--checkpoint", *paths, "--json", tmp_path / "x.json",
-        "--ensemble", *paths[:2])
-    out, found = capsys.readouterr().out, json.loads((tmp_path / "x.json").read_text())
-    rows = found["rows"]
-    assert [row["label"] for row in rows] == [
-        "Clotho, contrastive", "Clotho, contrastive", "Clotho + AudioCaps, distilled",
-        "Clotho, contrastive, ensemble"]
-    assert out.count("95 % interval (too short)") == 7 and "report:" not in out
-    split = data.read_split("clotho", "test", place)
-    data.decode_splits([split], place / "cache")
-    embedded = []
-    for path in paths[:2]:
-        model = evaluate.DualEncoder.load(path)
-        embedded.append((model.embed_audio(split.waveforms), model.embed_text(split.captions)))
-    own = [[clip] for clip in split.clip_of_caption]
-    values = [query_metrics(ranks(text, audio, own)) for audio, text in embedded]
-    draws = [bootstrap(v, split.clip_of_caption)["R@5"] for v in values]
-    assert rows[0]["results"]["captions"]["R@5"] == pytest.approx(values[0]["R@5"].mean().item())
-    lead = rows[1]["lead"]
-    assert lead["results"]["captions"]["R@5"] == pytest.approx(
-        (values[1]["R@5"] - values[0]["R@5"]).mean().item())
-    assert lead["intervals"]["captions"]["R@5"] == pytest.approx(interval(draws[1] - draws[0]))
-    (group,) = found["groups"]
-    two = [row["results"]["captions"]["mAP@10"] for row in rows[:2]]
-    assert group["mean"]["captions"]["mAP@10"] == pytest.approx(np.mean(two))
-    assert group["standard deviation"]["captions"]["mAP@10"] == pytest.approx(np.std(two, ddof=1))
-    new = query_metrics(ranks(embedded[0][1][[0, 21]], embedded[0][0], [[0, 3], [4]]))
-    got = rows[0]["results"]["new annotations"]["mAP@16"]
-    assert got == pytest.approx(new["mAP@16"].mean().item())
-    audio, text = evaluate.joined(embedded)
-    cosines = sum(t @ a.T for a, t in embedded) / 2
-    torch.testing.assert_close(text @ audio.T, cosines, rtol=0, atol=1e-6)
+def write_checkpoint(
+    path: Path, model: DualEncoder, stage: str, trained_on: list[str], temperature: float = 0.01
+) -> Path:
+    values = model.checkpoint()
+    values["model"] = values["model"] | {"tau": torch.tensor(temperature)}
+    torch.save(values | {"stage": stage, "trained_on": trained_on}, path)
+    return path
 
 
-def test_a_submission_is_a_row_a_query_and_a_column_a_file(place, monkeypatch, tmp_path):
+@pytest.fixture
+def known_embeddings(monkeypatch):
+    monkeypatch.setattr(DualEncoder, "embed_audio", known_embed_audio)
+    monkeypatch.setattr(DualEncoder, "embed_text", known_embed_text)
+
+
+def run_evaluate(here: Path, monkeypatch, *options) -> None:
+    """`python evaluate.py` in the folder `here`, in which it finds the data."""
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--data-dir", ".", *map(str, options)])
+    evaluate.main()
+
+
+def rows_of_printed_table(printed: str) -> list[tuple[str, dict[str, str]]]:
+    """(label, {column: cell}) of each line of the table; labels keep their indentation."""
+    lines = printed.split("\n\n")[1].splitlines()
+    header = re.split(r"\s{2,}", lines[0].strip())
+    rows = []
+    for line in lines[1:]:
+        indentation = " " * (len(line) - len(line.lstrip()))
+        label, *cells = re.split(r"\s{2,}", line.strip())
+        rows.append((indentation + label, dict(zip(header, cells, strict=True))))
+    return rows
+
+
+@pytest.fixture(scope="module")
+def table(here) -> SimpleNamespace:
+    """What evaluate.py prints and writes for four models and an ensemble of two of them."""
+    checkpoints = [f"{name}.pt" for name in "abcd"]
+    options = ["--checkpoint", *checkpoints, "--ensemble", "a.pt", "c.pt", "--json", "table.json"]
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(DualEncoder, "embed_audio", known_embed_audio)
+        patch.setattr(DualEncoder, "embed_text", known_embed_text)
+        run_evaluate(here, patch, *options)
+    written = json.loads((here / "table.json").read_text())
+    return SimpleNamespace(
+        printed=printed.getvalue(),
+        lines=rows_of_printed_table(printed.getvalue()),
+        rows=written["rows"],
+        groups=written["groups"],
+    )
+
+
+# --- The second route: sort, definition, and clips drawn one after the other ---
+
+ROWS = [["a"], ["b"], ["c"], ["d"], ["a", "c"]]  # the models of each row; several: an ensemble
+METRICS = ("mAP@10", "mAP@16", "R@1", "R@5", "R@10")
+
+
+def query_metrics_by_definition(models: list[str], caption: str, relevant: list[int]) -> list:
+    """The metrics of one query, in the order of METRICS."""
+    similarities = np.zeros(len(CLIPS))
+    for model in models:
+        query = embedding_of_caption(model, caption).double()
+        clips = torch.stack([embedding_of_clip(model, clip) for clip in CLIPS]).double()
+        similarities += (clips @ query).numpy() / len(models)
+    ranking = [CLIPS[i] for i in np.argsort(-similarities)]
+    hits = [clip in relevant for clip in ranking]
+    values = []
+    for k in (10, 16):
+        precisions = [sum(hits[: i + 1]) / (i + 1) for i in range(k) if hits[i]]
+        values.append(sum(precisions) / len(relevant))
+    for k in (1, 5, 10):
+        values.append(float(any(hits[:k])))
+    return values
+
+
+def estimates_by_definition(models: list[str], source: str) -> tuple[np.ndarray, np.ndarray]:
+    """The metrics' means over all queries (5,), and those in 1000 resamples of the clips (1000, 5).
+
+    The clips of each resample are drawn with replacement, each with all of its queries.
+    """
+    if source == "captions":
+        queries = {caption: [clip] for clip in CLIPS for caption in captions_of(clip)}
+    else:
+        queries = ANNOTATIONS
+    values_of_clip: dict[int, list] = {}
+    for caption, relevant in queries.items():
+        clip = int(caption.split()[1])
+        values = query_metrics_by_definition(models, caption, relevant)
+        values_of_clip.setdefault(clip, []).append(values)
+    clips = sorted(values_of_clip)
+    all_values = np.concatenate([values_of_clip[clip] for clip in clips])
+    resamples = []
+    for drawn in np.random.default_rng(0).integers(len(clips), size=(1000, len(clips))):
+        drawn_values = np.concatenate([values_of_clip[clips[i]] for i in drawn])
+        resamples.append(drawn_values.mean(axis=0))
+    return all_values.mean(axis=0), np.array(resamples)
+
+
+@pytest.fixture(scope="module", params=["captions", "new annotations"])
+def source(request) -> str:
+    """The two sources of relevance: the captions themselves, and the new annotations."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def expected(source) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The estimates of each row by definition."""
+    return [estimates_by_definition(models, source) for models in ROWS]
+
+
+def in_order(metrics: dict) -> list:
+    return [metrics[name] for name in METRICS]
+
+
+def middle_95_percent(resamples: np.ndarray) -> np.ndarray:
+    """(1000, 5) -> (5, 2)."""
+    return np.quantile(resamples, [0.025, 0.975], axis=0).T
+
+
+# --- The figures ---
+
+
+def test_results_are_the_means_over_all_queries(table, source, expected):
+    for row, (means, _) in zip(table.rows, expected, strict=True):
+        assert in_order(row["results"][source]) == pytest.approx(means, abs=1e-9), row["name"]
+
+
+def test_intervals_hold_the_middle_of_resamples_of_the_clips(table, source, expected):
+    for row, (_, resamples) in zip(table.rows, expected, strict=True):
+        intervals = np.array(in_order(row["intervals"][source]))
+        np.testing.assert_allclose(intervals, middle_95_percent(resamples), rtol=0, atol=1e-9)
+
+
+def test_a_lead_is_the_row_minus_the_first(table, source, expected):
+    first = expected[0][0]
+    for row, (means, _) in zip(table.rows, expected, strict=True):
+        lead = in_order(row["lead"]["results"][source])
+        assert lead == pytest.approx(means - first, abs=1e-9), row["name"]
+
+
+def test_a_leads_interval_compares_both_models_on_the_same_clips(table, source, expected):
+    first = expected[0][1]
+    for row, (_, resamples) in zip(table.rows, expected, strict=True):
+        intervals = np.array(in_order(row["lead"]["intervals"][source]))
+        paired = middle_95_percent(resamples - first)
+        np.testing.assert_allclose(intervals, paired, rtol=0, atol=1e-9)
+
+
+def test_rows_of_one_label_get_a_mean_and_a_sample_standard_deviation(table, source, expected):
+    (group,) = table.groups
+    assert group["label"] == "Clotho, contrastive"
+    assert group["rows"] == 3
+    means = np.array([expected[row][0] for row in (0, 1, 3)])
+    assert in_order(group["mean"][source]) == pytest.approx(means.mean(axis=0))
+    deviations = in_order(group["standard deviation"][source])
+    assert deviations == pytest.approx(means.std(axis=0, ddof=1))
+
+
+def test_labels_tell_data_and_stage(table):
+    assert [row["label"] for row in table.rows] == [
+        "Clotho, contrastive",
+        "Clotho, contrastive",
+        "Clotho + AudioCaps, distilled",
+        "Clotho, contrastive",
+        "Clotho, contrastive and Clotho + AudioCaps, distilled, ensemble",
+    ]
+    assert [row["name"] for row in table.rows] == ["a.pt", "b.pt", "c.pt", "d.pt", "a.pt + c.pt"]
+
+
+# --- The printed table ---
+
+
+def percent(value: float, sign: str = "") -> str:
+    return f"{100 * value:{sign}.2f}"
+
+
+def percent_interval(bounds: list[float], sign: str = "") -> str:
+    return f"{percent(bounds[0], sign)}..{percent(bounds[1], sign)}"
+
+
+def cells_of(figures: dict, write, sign: str = "") -> dict[str, str]:
+    """{column: cell} of figures from the JSON."""
+    cells = {}
+    for column, (source, metric) in COLUMNS.items():
+        cells[column] = write(figures[source][metric], sign)
+    return cells
+
+
+def test_the_printed_rows_are_the_jsons(table):
+    expected = []
+    for i, row in enumerate(table.rows):
+        label = row["label"]
+        if label == "Clotho, contrastive":  # there are three of these
+            label += f": {row['name']}"
+        expected.append((label, cells_of(row["results"], percent)))
+        interval = cells_of(row["intervals"], percent_interval)
+        expected.append(("  95 % interval (too short)", interval))
+        if i > 0:
+            lead = row["lead"]
+            expected.append(("  lead over the first", cells_of(lead["results"], percent, "+")))
+            interval = cells_of(lead["intervals"], percent_interval, "+")
+            expected.append(("    95 % interval (too short)", interval))
+    assert table.lines[:-2] == expected
+
+
+def test_the_printed_mean_and_deviation_are_the_jsons(table):
+    (group,) = table.groups
+    (mean_label, mean), (deviation_label, deviation) = table.lines[-2:]
+    assert mean_label.startswith("Clotho, contrastive: mean of 3")
+    assert mean == cells_of(group["mean"], percent)
+    assert deviation_label == "  standard deviation"
+    assert deviation == cells_of(group["standard deviation"], percent)
+
+
+def test_the_columns_stand_in_the_order_of_table_1(table):
+    assert list(table.lines[0][1]) == list(COLUMNS)
+
+
+# --- The page ---
+
+
+@pytest.fixture(scope="module")
+def page(here) -> SimpleNamespace:
+    """The page of one model, and what is printed beside it."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(DualEncoder, "embed_audio", known_embed_audio)
+        patch.setattr(DualEncoder, "embed_text", known_embed_text)
+        run_evaluate(here, patch, "--checkpoint", "b.pt", "--html", "page.html")
+    text = (here / "page.html").read_text()
+    return SimpleNamespace(lines=rows_of_printed_table(printed.getvalue()), text=text)
+
+
+def test_the_pages_table_is_the_printed_one(page):
+    rows = []
+    for row in re.findall(r"<tr.*?>(.*?)</tr>", page.text, re.DOTALL):
+        rows.append([html.unescape(cell) for cell in re.findall(r"<t[hd]>(.*?)</t[hd]>", row)])
+    printed = [[label, *cells.values()] for label, cells in page.lines]
+    assert rows == [["", *COLUMNS], *printed]
+
+
+def test_the_page_marks_the_right_clip_and_those_of_the_new_annotations(page):
+    marked_too = 0
+    cards = re.findall(r'<details class="query">.*?</details>', page.text, re.DOTALL)
+    for card in cards:
+        query = re.search(r"<summary>(clip (\d+) sounds .)", card)
+        for item in re.findall(r"<li.*?</li>", card, re.DOTALL):
+            clip = int(re.search(r">(\d+)\.wav<", item)[1])
+            is_right = clip == int(query[2])
+            is_annotated = clip in ANNOTATIONS.get(query[1], [])
+            assert ("✓ the right clip" in item) == is_right, (query[1], clip)
+            assert ("✓ relevant, too" in item) == (is_annotated and not is_right), (query[1], clip)
+            marked_too += "✓ relevant, too" in item
+    assert marked_too > 0
+
+
+# --- What may be evaluated on ---
+
+
+def test_what_was_trained_on_is_refused(here, monkeypatch):
+    with pytest.raises(errors.InputError, match="seen.pt: was trained on clotho/evaluation"):
+        run_evaluate(here, monkeypatch, "--checkpoint", "seen.pt")
+
+
+def test_every_member_of_an_ensemble_is_looked_at(here, monkeypatch):
+    with pytest.raises(errors.InputError, match="seen.pt: was trained on clotho/evaluation"):
+        run_evaluate(here, monkeypatch, "--ensemble", "a.pt", "seen.pt")
+
+
+def test_allow_seen_marks_the_row(here, monkeypatch, capsys, known_embeddings):
+    options = ["--checkpoint", "c.pt", "seen.pt", "--allow-seen", "--json", "seen.json"]
+    run_evaluate(here, monkeypatch, *options)
+    labels = [label for label, _ in rows_of_printed_table(capsys.readouterr().out)]
+    assert "Clotho + AudioCaps, distilled" in labels
+    assert "Clotho, contrastive (seen)" in labels
+    rows = json.loads((here / "seen.json").read_text())["rows"]
+    assert [row["seen"] for row in rows] == [False, True]
+
+
+@pytest.mark.parametrize(("part", "is_refused"), [("train", True), ("all", True), ("val", False)])
+def test_a_folder_is_refused_where_a_part_of_it_was_trained_on(
+    part, is_refused, here, monkeypatch, tiny_model
+):
+    trained_on = data.read_split(str(here / "mine"), "train", here).name
+    write_checkpoint(here / "mine.pt", tiny_model, "contrastive", [trained_on])
+    options = ["--dataset", "mine", "--checkpoint", "mine.pt", "--split", part]
+    if is_refused:
+        with pytest.raises(errors.InputError, match="was trained on mine@.*--allow-seen"):
+            run_evaluate(here, monkeypatch, *options)
+    else:
+        run_evaluate(here, monkeypatch, *options)
+
+
+def test_without_checkpoint_the_newest_run_is_evaluated(
+    here, monkeypatch, capsys, tmp_path, tiny_model, known_embeddings
+):
+    for name, time in (("first", 3_000_000), ("second", 5_000_000), ("third", 4_000_000)):
+        best = tmp_path / "runs" / name / "best.pt"
+        best.parent.mkdir(parents=True)
+        write_checkpoint(best, tiny_model, "contrastive", ["clotho/development"])
+        os.utime(best, (time, time))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--data-dir", str(here)])
+    evaluate.main()
+    assert "runs/second/best.pt" in capsys.readouterr().out
+
+
+# --- The new annotations ---
+
+
+def annotated_results(here, monkeypatch, annotations: dict | list) -> dict:
+    """Model a's results by annotations {query: clips}, or by rows [query, list of files]."""
+    path = here / "other.csv"
+    if isinstance(annotations, dict):
+        write_annotations(path, annotations)
+    else:
+        write_csv(path, ["query", "audio_filenames"], annotations)
+    options = ["--checkpoint", "a.pt", "--annotations", path, "--json", "other.json"]
+    run_evaluate(here, monkeypatch, *options)
+    results = json.loads((here / "other.json").read_text())["rows"][0]["results"]
+    return results.get("new annotations", {})
+
+
+def annotated_by_definition(queries: dict[str, list[int]]) -> list[float]:
+    values = [query_metrics_by_definition(["a"], *query) for query in queries.items()]
+    return np.mean(values, axis=0).tolist()
+
+
+def test_clips_that_are_not_on_disk_are_left_out(here, monkeypatch, known_embeddings):
+    found = annotated_results(here, monkeypatch, {"clip 3 sounds a": [3, 0, 8]})
+    assert in_order(found) == pytest.approx(annotated_by_definition({"clip 3 sounds a": [3, 8]}))
+
+
+def test_a_query_without_a_clip_on_disk_is_left_out(here, monkeypatch, known_embeddings):
+    queries = {"clip 3 sounds a": [3], "clip 5 sounds b": [0], "clip 0 sounds a": [0, 4]}
+    found = annotated_results(here, monkeypatch, queries)
+    assert in_order(found) == pytest.approx(annotated_by_definition({"clip 3 sounds a": [3]}))
+
+
+def test_a_file_name_may_stand_without_a_list(here, monkeypatch, known_embeddings):
+    found = annotated_results(here, monkeypatch, [["clip 3 sounds a", "8.wav"]])
+    assert in_order(found) == pytest.approx(annotated_by_definition({"clip 3 sounds a": [8]}))
+
+
+def test_unknown_clips_are_an_error(here, monkeypatch):
+    with pytest.raises(errors.InputError, match="'21.wav' is no clip of clotho/evaluation"):
+        annotated_results(here, monkeypatch, {"clip 3 sounds a": [3, 21]})
+
+
+def test_a_query_that_is_no_caption_is_an_error_where_all_clips_are_there(
+    here, monkeypatch, tmp_path
+):
+    (tmp_path / "evaluation").symlink_to(here / "evaluation")
+    rows = [[f"{clip}.wav", f"clip {clip} sounds a"] for clip in CLIPS]
+    write_csv(tmp_path / "clotho_captions_evaluation.csv", ["file_name", "caption_1"], rows)
+    queries = {"clip 3 sounds a": [3], "clip 3 sounds a ": [3]}
+    write_annotations(tmp_path / "metadata_eval.csv", queries)
+    with pytest.raises(errors.InputError, match="query 'clip 3 sounds a ': it is no caption of"):
+        run_evaluate(tmp_path, monkeypatch, "--checkpoint", here / "a.pt")
+
+
+def test_a_submission_is_a_row_a_query_and_a_column_a_file(here, monkeypatch, tmp_path):
     queries = write_csv(tmp_path / "q.csv", ["caption"], [["rain"], ["a, dog"], ["rain"]])
-    run(place, monkeypatch, "--checkpoint", place / "a.pt", "--submission", tmp_path / "out.csv",
-        "--queries", queries, "--audio", place / "mine")
+    run_evaluate(here, monkeypatch, "--checkpoint", "a.pt", "--submission", tmp_path / "out.csv",
+                 "--queries", queries, "--audio", "mine")
     header, *rows = csv.reader((tmp_path / "out.csv").open())
     assert header == ["index", *(f"{i}.wav" for i in range(4))]
     assert [row[0] for row in rows] == ["rain", "a, dog"]
-    model = evaluate.DualEncoder.load(place / "a.pt")
-    audio = model.embed_audio(place / "mine" / f"{i}.wav" for i in range(4))
+    model = evaluate.DualEncoder.load(here / "a.pt")
+    audio = model.embed_audio(here / "mine" / f"{i}.wav" for i in range(4))
     expected = (model.embed_text(["rain", "a, dog"]) @ audio.T).numpy()
     np.testing.assert_allclose(np.array([r[1:] for r in rows], float), expected, atol=1e-6)
-
-
-def test_a_page_is_written(place, monkeypatch, tmp_path):
-    run(place, monkeypatch, "--checkpoint", place / "a.pt", "--html", tmp_path / "page.html")
-    assert "clip 3 sounds b" in (tmp_path / "page.html").read_text()
-
-
-def test_what_was_seen_is_refused_or_marked(place, monkeypatch, capsys, tiny_model):
-    split = data.read_split(str(place / "mine"), "train", place)
-    tiny_model.trained_on = [split.name]
-    torch.save(tiny_model.checkpoint(), place / "seen.pt")
-    arguments = "--dataset", place / "mine", "--checkpoint", place / "seen.pt", "--split"
-    for part in ("train", "all"):
-        with pytest.raises(errors.InputError, match="was trained on mine@.*--allow-seen"):
-            run(place, monkeypatch, *arguments, part)
-    run(place, monkeypatch, *arguments, "val")
-    run(place, monkeypatch, *arguments, "train", "--allow-seen")
-    assert "(seen)" in capsys.readouterr().out
 
 
 # --- Bad input: one line, exit status 2, before any long work ---
@@ -120,31 +500,31 @@ TINY = "--preset tiny --device cpu --cache-dir cache --datasets"
 BAD = [
     (train, f"{TINY} clotho", "no clotho here: looked for"),
     (train, f"{TINY} nowhere", "nowhere: no data set"),
-    (train, f"{TINY} place/mine --batch-size 99", "--batch-size 99: at most the 4 pairs"),
-    (train, f"{TINY} place/mine --batch-size 2 --out place", "holds other files than a run's"),
-    (train, f"{TINY} place/mine --batch-size 2 --device cuda:9", "--device cuda:9: cannot be used"),
-    (train, f"{TINY} place/mine --init gone.pt", "gone.pt: no such checkpoint"),
-    (train, f"{TINY} place/mine --init place/mine/0.wav", "is damaged or not this program's"),
-    (train, f"{TINY} place/mine --frobnicate", "unrecognized arguments"),
-    (distill, "--teachers gone.pt --datasets place/mine", "gone.pt: no such checkpoint"),
-    (evaluate, "--data-dir place --checkpoint gone.pt", "gone.pt: no such checkpoint"),
-    (evaluate, "--data-dir place", "train first, or give --checkpoint"),
-    (evaluate, "--data-dir place --checkpoint place/a.pt --json no/x.json", "cannot be written"),
-    (evaluate, "--data-dir place --checkpoint place/a.pt --annotations wrong.csv",
+    (train, f"{TINY} here/mine --batch-size 99", "--batch-size 99: at most the 4 pairs"),
+    (train, f"{TINY} here/mine --batch-size 2 --out here", "holds other files than a run's"),
+    (train, f"{TINY} here/mine --batch-size 2 --device cuda:9", "--device cuda:9: cannot be used"),
+    (train, f"{TINY} here/mine --init gone.pt", "gone.pt: no such checkpoint"),
+    (train, f"{TINY} here/mine --init here/mine/0.wav", "is damaged or not this program's"),
+    (train, f"{TINY} here/mine --frobnicate", "unrecognized arguments"),
+    (distill, "--teachers gone.pt --datasets here/mine", "gone.pt: no such checkpoint"),
+    (evaluate, "--data-dir here --checkpoint gone.pt", "gone.pt: no such checkpoint"),
+    (evaluate, "--data-dir here", "train first, or give --checkpoint"),
+    (evaluate, "--data-dir here --checkpoint here/a.pt --json no/x.json", "cannot be written"),
+    (evaluate, "--data-dir here --checkpoint here/a.pt --annotations wrong.csv",
      "'gone.wav' is no clip of clotho/evaluation"),
-    (evaluate, "--data-dir place --checkpoint place/a.pt --split all", "no clotho here"),
-    (evaluate, "--submission a.csv --queries b.csv --audio place --html c --checkpoint place/a.pt",
+    (evaluate, "--data-dir here --checkpoint here/a.pt --split all", "no clotho here"),
+    (evaluate, "--submission a.csv --queries b.csv --audio here --html c --checkpoint here/a.pt",
      "go together, without --html"),
-    (search, "dog --audio nowhere --checkpoint place/a.pt", "nowhere: no such folder"),
-    (search, "dog --audio place/mine --checkpoint gone.pt", "gone.pt: no such checkpoint"),
+    (search, "dog --audio nowhere --checkpoint here/a.pt", "nowhere: no such folder"),
+    (search, "dog --audio here/mine --checkpoint gone.pt", "gone.pt: no such checkpoint"),
     (data, "check nowhere", "nowhere: no such folder"),
 ]
 
 
 @pytest.mark.parametrize(("script", "line", "says"), BAD)
-def test_bad_input_is_one_line(script, line, says, place, monkeypatch, tmp_path, capsys):
+def test_bad_input_is_one_line(script, line, says, here, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "place").symlink_to(place)
+    (tmp_path / "here").symlink_to(here)
     write_csv(tmp_path / "wrong.csv", ["query", "audio_filenames"], [["x", "['gone.wav']"]])
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *line.split()])
     with pytest.raises(SystemExit) as ended:
@@ -154,7 +534,7 @@ def test_bad_input_is_one_line(script, line, says, place, monkeypatch, tmp_path,
     assert len(err.splitlines()) == 1, err
 
 
-def test_damaged_sounds_are_listed_before_training(place, monkeypatch, tmp_path, capsys):
+def test_damaged_sounds_are_listed_before_training(here, monkeypatch, tmp_path, capsys):
     folder = write_folder(tmp_path / "mine", 6)
     for i in (1, 4):
         (folder / f"{i}.wav").write_bytes(b"no sound")

@@ -63,6 +63,14 @@ def roberta(theirs, tmp_path_factory):
 
 # --- Second routes ---
 
+def baseline_weights(theirs) -> dict[str, torch.Tensor]:
+    """The weights of a baseline's file, by the names that stand there."""
+    parts = {"audio_embedding_model.model.model": theirs.passt, "audio_projection": theirs.audio,
+             "text_embedding_model._orig_mod": theirs.roberta, "text_projection": theirs.text}
+    weights = {f"{p}.{n}": w for p, part in parts.items() for n, w in part.state_dict().items()}
+    return weights | {"tau": torch.tensor([-0.07])}
+
+
 @torch.no_grad()
 def by_the_baseline(theirs, sounds, sentences, tokenizer):
     """Clips padded to three segments, those without sound left out; words padded to 32 tokens."""
@@ -86,10 +94,7 @@ def test_the_baselines_checkpoint_embeds_as_the_baseline_does(
     monkeypatch.setitem(sys.modules, module.__name__, module)
     settings = module.Settings(audiocaps=True, wavcaps=False)
     settings.strategy = module.Settings()
-    parts = {"audio_embedding_model.model.model": theirs.passt, "audio_projection": theirs.audio,
-             "text_embedding_model._orig_mod": theirs.roberta, "text_projection": theirs.text}
-    weights = {f"{p}.{n}": w for p, part in parts.items() for n, w in part.state_dict().items()}
-    saved = {"state_dict": weights | {"tau": torch.tensor([-0.07])}, "hyper_parameters": settings}
+    saved = {"state_dict": baseline_weights(theirs), "hyper_parameters": settings}
     torch.save(saved, tmp_path / "baseline.ckpt")
     monkeypatch.delitem(sys.modules, module.__name__)
 
@@ -103,6 +108,15 @@ def test_the_baselines_checkpoint_embeds_as_the_baseline_does(
     tokenizer = RobertaTokenizer.from_pretrained(roberta)
     wanted = by_the_baseline(theirs, sounds, SENTENCES, tokenizer)
     torch.testing.assert_close((audio, words), wanted, rtol=0, atol=1e-5)
+
+
+def test_a_baseline_file_without_hyperparameters_counts_as_trained_on_audiocaps(
+    theirs, roberta, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(PRESETS, "report", SMALL)
+    torch.save({"state_dict": baseline_weights(theirs)}, tmp_path / "baseline.ckpt")
+    model = DualEncoder.load(tmp_path / "baseline.ckpt", tokenizer=roberta)
+    assert "audiocaps/train" in model.trained_on
 
 
 @pytest.mark.parametrize("training", [False, True])
