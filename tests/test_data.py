@@ -1,4 +1,8 @@
-"""What lies on disk -> splits -> waveforms -> batches, and what is said where it does not fit."""
+"""Data sets on disk -> splits -> batches, and the message where something does not fit.
+
+In many tests a clip's sound is one constant value, its level, and its captions name the level: then
+every batch tells by itself whether sounds, captions and ids belong together.
+"""
 
 import os
 import sys
@@ -9,15 +13,15 @@ import numpy as np
 import pytest
 from conftest import CAPTIONS, noise, write_csv, write_folder, write_wav
 
-from dualenc import data, decoding
+from dualenc import data
 from dualenc.audio import SEGMENT_SAMPLES
 from dualenc.data import PairBatches, decode_splits, read_split, training_splits, was_seen
-from dualenc.decoding import load_audio, to_int16
+from dualenc.decoding import INT16_SCALE, SAMPLE_RATE, load_audio, to_int16
 from dualenc.errors import InputError
-from dualenc.text import train_bpe
+from dualenc.text import normalise, train_bpe
 
-CLOTHO = ["file_name", *(f"caption_{i}" for i in range(1, 6))]
-AUDIOCAPS = ["audiocap_id", "youtube_id", "start_time", "caption"]
+CLOTHO_COLUMNS = ["file_name", "caption_1", "caption_2", "caption_3", "caption_4", "caption_5"]
+AUDIOCAPS_COLUMNS = ["audiocap_id", "youtube_id", "start_time", "caption"]
 
 
 def touch(*paths: Path) -> None:
@@ -26,147 +30,336 @@ def touch(*paths: Path) -> None:
         path.touch()
 
 
-# --- Layouts ---
+def write_level(path: Path, level: int) -> None:
+    """Write a tenth of a second whose every int16 sample is the level."""
+    write_wav(path, np.full(SAMPLE_RATE // 10, level / INT16_SCALE))
+
+
+def captions_of_level(level: int, count: int) -> list[str]:
+    return [f"level {level} caption {number}" for number in range(count)]
+
+
+def write_levels(folder: Path, levels: range) -> Path:
+    """Write a folder with a captions.csv: a clip of each level, with two captions."""
+    rows = []
+    for level in levels:
+        write_level(folder / f"{level}.wav", level)
+        rows.append([f"{level}.wav", *captions_of_level(level, 2)])
+    write_csv(folder / "captions.csv", ["file_name", "caption_1", "caption_2"], rows)
+    return folder
+
+
+def read_decoded(folder: Path) -> data.Split:
+    split = read_split(str(folder), "all", folder)
+    decode_splits([split], folder / "cache")
+    return split
+
+
+# --- Clotho and AudioCaps: what lies where ---
 
 
 @pytest.mark.parametrize("root", ["CLOTHO_v2.1", "clotho", "."])
-@pytest.mark.parametrize(("table", "folder"), [
-    ("clotho_csv_files/clotho_captions_evaluation.csv", "clotho_audio_files/evaluation"),
-    ("clotho_captions_evaluation.csv", "evaluation"),
-    ("csv_files/test.csv", "waveforms/test"),
-])
-def test_clotho(tmp_path, root, table, folder):
-    rows = [["a b.wav", *"12345"], ["c.wav", *"67890"], ["gone.wav", *"abcde"]]
-    write_csv(tmp_path / root / table, CLOTHO, rows)
-    touch(*(tmp_path / root / folder / name for name in ("a b.wav", "c.wav")))
+@pytest.mark.parametrize(
+    ("table", "folder"),
+    [
+        ("clotho_csv_files/clotho_captions_evaluation.csv", "clotho_audio_files/evaluation"),
+        ("clotho_captions_evaluation.csv", "evaluation"),
+        ("csv_files/test.csv", "waveforms/test"),
+    ],
+)
+def test_clotho_is_found_in_each_layout(tmp_path, root, table, folder):
+    rows = [[" a b.wav", *"12345"], ["c.wav", *"67890"]]
+    write_csv(tmp_path / root / table, CLOTHO_COLUMNS, rows)
+    touch(tmp_path / root / folder / " a b.wav", tmp_path / root / folder / "c.wav")
     split = read_split("clotho", "test", tmp_path)
-    assert split.name == "clotho/evaluation" and split.missing == ["gone.wav"]
+    assert split.name == "clotho/evaluation"
+    assert split.source == tmp_path / root / table
+    assert [clip.path.parent for clip in split.clips] == [tmp_path / root / folder] * 2
     assert [clip.captions for clip in split.clips] == [tuple("12345"), tuple("67890")]
-    assert split.clip_of_caption == [0] * 5 + [1] * 5 and "1 more are not on disk" in str(split)
 
 
-@pytest.mark.parametrize(("table", "folder"), [
-    ("AUDIOCAPS/csv_files_v1/test.csv", "AUDIOCAPS/audio_32000Hz/test"),
-    ("audiocaps/test.csv", "audiocaps/test"),
-    ("AUDIOCAPS/csv_files_v2/test.csv", "AUDIOCAPS/audio_32000Hz/test"),  # AudioCaps 2.0 alone
-])
+@pytest.mark.parametrize(
+    ("table", "folder"),
+    [
+        ("AUDIOCAPS/csv_files_v1/test.csv", "AUDIOCAPS/audio_32000Hz/test"),
+        ("audiocaps/test.csv", "audiocaps/test"),
+        ("AUDIOCAPS/csv_files_v2/test.csv", "AUDIOCAPS/audio_32000Hz/test"),  # AudioCaps 2.0
+    ],
+)
 @pytest.mark.parametrize("name", ["xyz_30", "xyz_30_40", "Yxyz", "xyz", "72"])
-def test_audiocaps(tmp_path, table, folder, name):
+def test_audiocaps_is_found_in_each_layout_and_naming(tmp_path, table, folder, name):
     rows = [["71", "xyz", "30", "a dog"], ["72", "xyz", "30", "it barks"]]
-    write_csv(tmp_path / table, AUDIOCAPS, [*rows, ["73", "no", "0", "rain"]])
+    write_csv(tmp_path / table, AUDIOCAPS_COLUMNS, [*rows, ["73", "no", "0", "rain"]])
     touch(tmp_path / folder / f"{name}.mp3")
     split = read_split("audiocaps", "test", tmp_path)
-    (clip,) = split.clips
-    assert clip.path.name == f"{name}.mp3" and clip.captions == ("a dog", "it barks")
-    assert len(split.missing) == 1 and table in str(split)
+    assert split.name == "audiocaps/test"
+    assert [clip.path.name for clip in split.clips] == [f"{name}.mp3"]
+    assert [clip.captions for clip in split.clips] == [("a dog", "it barks")]
+    assert split.missing == ["no_0.wav"]
 
 
-def test_stage_1_merges_audiocaps_and_clotho_validates(tmp_path):
-    for part in ("train", "val", "test"):
-        write_csv(tmp_path / f"AUDIOCAPS/{part}.csv", AUDIOCAPS, [["1", part, "0", "a dog"]])
-        touch(tmp_path / f"AUDIOCAPS/{part}/{part}_0.wav")
-        name = data.SPLITS[part]
-        write_csv(tmp_path / f"clotho_captions_{name}.csv", CLOTHO, [["a.wav", *"12345"]])
-        touch(tmp_path / name / "a.wav")
-    splits, held_out = training_splits(["clotho", "audiocaps"], None, tmp_path)
-    names = ["clotho/development", "audiocaps/train", "audiocaps/val", "audiocaps/test"]
-    assert [split.name for split in splits] == names and held_out.name == "clotho/validation"
-    for datasets, validation in ((["clotho", "clotho"], None), (["audiocaps"], "audiocaps")):
-        with pytest.raises(InputError, match="--datasets"):
-            training_splits(datasets, validation, tmp_path)
+def test_two_excerpts_of_one_video_are_two_clips(tmp_path):
+    rows = [["1", "xyz", "30", "a dog"], ["2", "xyz", "130", "rain"], ["3", "xyz", "30", "barks"]]
+    write_csv(tmp_path / "AUDIOCAPS/train.csv", AUDIOCAPS_COLUMNS, rows)
+    folder = tmp_path / "AUDIOCAPS/train"
+    touch(folder / "xyz_30.wav", folder / "xyz_130.wav", folder / "xyz.wav")
+    split = read_split("audiocaps", "train", tmp_path)
+    captions = {clip.path.name: clip.captions for clip in split.clips}
+    assert captions == {"xyz_30.wav": ("a dog", "barks"), "xyz_130.wav": ("rain",)}
+
+
+def test_captions_stay_with_their_clips_where_the_first_file_is_missing(tmp_path):
+    rows = [["gone.wav", *"abcde"], ["1.wav", *"12345"], ["2.wav", *"67890"]]
+    write_csv(tmp_path / "clotho_captions_validation.csv", CLOTHO_COLUMNS, rows)
+    touch(tmp_path / "validation/1.wav", tmp_path / "validation/2.wav")
+    split = read_split("clotho", "val", tmp_path)
+    assert split.missing == ["gone.wav"]
+    assert [clip.name for clip in split.clips] == ["1.wav", "2.wav"]
+    assert split.captions == list("1234567890")
+    assert split.clip_of_caption == [0] * 5 + [1] * 5
+    assert "2 clips, 10 captions, 1 more are not on disk" in str(split)
+
+
+def test_a_data_set_that_is_not_there_is_said_with_an_example(tmp_path):
+    with pytest.raises(InputError, match=r"no clotho here: looked for .*clotho_captions_eval"):
+        read_split("clotho", "test", tmp_path)
+
+
+def test_sounds_that_are_not_there_are_said_with_one_that_is(tmp_path):
+    write_csv(tmp_path / "captions.csv", ["file_name", "caption"], [["gone.wav", "rain"]])
+    touch(tmp_path / "there.wav")
+    with pytest.raises(InputError, match=r"looked for gone\.wav.*there is there\.wav"):
+        read_split(str(tmp_path), "all", tmp_path)
 
 
 # --- Folders of one's own ---
 
 
-@pytest.mark.parametrize(("clips", "held"), [(2, 1), (12, 6), (19, 9), (20, 10), (300, 30)])
-def test_what_is_held_out_of_a_folder(tmp_path, clips, held):
-    write_csv(tmp_path / "captions.csv", ["file_name", "caption"], [[f"{i}.wav", f"c{i}"]
-                                                                    for i in range(clips)])
-    touch(*(tmp_path / f"{i}.wav" for i in range(clips)))
-    (train,), val = training_splits([str(tmp_path)], None, tmp_path)
-    assert len(val.clips) == held and len(train.clips) == clips - held
-    assert not {clip.name for clip in val.clips} & {clip.name for clip in train.clips}
-
-
-def test_a_folder_is_known_by_its_contents(tmp_path):
-    folder = write_folder(tmp_path / "mine", 3)
-    parts = "all", "train", "val"
-    whole, train, val = (read_split(str(folder), part, tmp_path) for part in parts)
-    folder.rename(tmp_path / "elsewhere")
-    moved = [read_split(str(tmp_path / "elsewhere"), part, tmp_path) for part in parts]
-    assert [split.identity for split in moved] == [s.identity for s in (whole, train, val)]
-    assert was_seen(moved[2], [whole.name]) and was_seen(moved[0], [train.name])
-    assert not was_seen(moved[2], [train.name, "clotho/development"])
-    with pytest.raises(InputError, match="no test split"):
-        read_split(str(tmp_path / "elsewhere"), "test", tmp_path)
-
-
-def test_captions_of_a_folder(tmp_path):
-    rows = [["a.wav", "one", ""], ["sub\\b.wav", "two", "three"], ["a.wav", "four", " "],
-            [unicodedata.normalize("NFD", "Tür.wav"), "five", ""]]
+def test_captions_of_a_folder_may_be_in_several_columns_and_rows(tmp_path):
+    rows = [["a.wav", "one", ""], ["b.wav", "two", "three"], ["a.wav", " four", " "]]
     write_csv(tmp_path / "captions.csv", ["file_name", "caption_1", "caption_2"], rows)
-    touch(tmp_path / "a.wav", tmp_path / "sub" / "b.wav",
-          tmp_path / unicodedata.normalize("NFC", "Tür.wav"))
+    touch(tmp_path / "a.wav", tmp_path / "b.wav")
     split = read_split(str(tmp_path), "all", tmp_path)
-    assert [clip.captions for clip in split.clips] == [("one", "four"), ("two", "three"), ("five",)]
+    assert [clip.captions for clip in split.clips] == [("one", " four"), ("two", "three")]
 
 
-@pytest.mark.parametrize(("text", "says"), [
-    (b"file_name;caption\na.wav;rain\n", r"its first line is 'file_name;caption'"),
-    (b"\xff\xfef\x00i\x00\n", r"UTF-8.*first line is"),
-    (b"file_name,caption\na.wav,\xe9t\xe9\n", r"UTF-8.*can't decode"),
-    (b"file_name,caption\na.wav,rain\nb.wav\n", r"first line: line 3"),
-    (b"file_name,caption\n", r"there are none"),
-    (b"file_name,caption\na.wav,\n", r"no caption.*a\.wav"),
-    (b"file\x1b[2Jname\n", r"first line is 'file\\x1b\[2Jname'|\\\\x1b"),
-])
-def test_faults_of_a_csv(tmp_path, text, says):
+def test_a_name_may_be_written_as_on_windows_or_in_another_unicode_form(tmp_path):
+    decomposed = unicodedata.normalize("NFD", "Tür.wav")
+    rows = [["sub\\b.wav", "rain"], [decomposed, "a door"]]
+    write_csv(tmp_path / "captions.csv", ["file_name", "caption"], rows)
+    composed = unicodedata.normalize("NFC", "Tür.wav")
+    touch(tmp_path / "sub" / "b.wav", tmp_path / composed)
+    split = read_split(str(tmp_path), "all", tmp_path)
+    assert [clip.path for clip in split.clips] == [tmp_path / "sub/b.wav", tmp_path / composed]
+    assert [clip.name for clip in split.clips] == ["sub\\b.wav", decomposed]  # the csv's bytes
+
+
+@pytest.mark.parametrize(("clips", "held"), [(2, 1), (12, 6), (19, 9), (20, 10), (300, 30)])
+def test_a_tenth_of_a_folder_is_held_out_but_at_least_ten_clips_or_half(tmp_path, clips, held):
+    rows = [[f"{i}.wav", f"caption {i}"] for i in range(clips)]
+    write_csv(tmp_path / "captions.csv", ["file_name", "caption"], rows)
+    touch(*(tmp_path / f"{i}.wav" for i in range(clips)))
+    (train,), validation = training_splits([str(tmp_path)], None, tmp_path)
+    held_out = {clip.name for clip in validation.clips}
+    assert len(held_out) == held
+    assert {clip.name for clip in train.clips} == {row[0] for row in rows} - held_out
+
+
+def test_a_clip_that_goes_missing_moves_no_other_between_training_and_validation(tmp_path):
+    folder = write_folder(tmp_path / "mine", 12)
+    (train,), validation = training_splits([str(folder)], None, tmp_path)
+    train_names = [clip.name for clip in train.clips]
+    validation_names = [clip.name for clip in validation.clips]
+    os.remove(folder / train_names.pop(0))
+    (train,), validation = training_splits([str(folder)], None, tmp_path)
+    assert [clip.name for clip in train.clips] == train_names
+    assert [clip.name for clip in validation.clips] == validation_names
+
+
+def test_a_folder_has_no_test_split(tmp_path):
+    folder = write_folder(tmp_path / "mine", 3)
+    with pytest.raises(InputError, match="no test split"):
+        read_split(str(folder), "test", tmp_path)
+
+
+def test_a_folder_is_known_by_its_contents_wherever_it_lies(tmp_path):
+    folder = write_folder(tmp_path / "mine", 3)
+    before = read_split(str(folder), "train", tmp_path)
+    folder.rename(tmp_path / "elsewhere")
+    after = read_split(str(tmp_path / "elsewhere"), "train", tmp_path)
+    assert after.identity == before.identity
+    assert was_seen(after, [before.name])
+
+
+# --- Csv files ---
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"file_name;caption\na.wav;rain\n", r"its first line is 'file_name;caption'"),
+        (b"\xff\xfef\x00i\x00\n", r"UTF-8.*first line is"),
+        (b"file_name,caption\na.wav,\xe9t\xe9\n", r"UTF-8.*can't decode"),
+        (b"file_name,caption\na.wav,rain\nb.wav\n", r"first line: line 3"),
+        (b"file_name,caption\n", r"there are none"),
+        (b"file_name,caption\na.wav,\n", r"no caption.*a\.wav"),
+        (b"file\x1b[2Jname\n", r"first line is 'file\\x1b\[2Jname'|\\\\x1b"),
+    ],
+)
+def test_a_csv_that_cannot_be_used_is_named_with_its_fault(tmp_path, text, message):
     (tmp_path / "captions.csv").write_bytes(text)
-    with pytest.raises(InputError, match=says) as error:
+    with pytest.raises(InputError, match=message) as error:
         read_split(str(tmp_path), "all", tmp_path)
-    assert "\x1b" not in str(error.value)
+    assert str(tmp_path / "captions.csv") in str(error.value)
+    assert "\x1b" not in str(error.value)  # which would clear the terminal
 
 
-def test_sounds_that_are_not_there(tmp_path):
-    write_csv(tmp_path / "captions.csv", ["file_name", "caption"], [["gone.wav", "rain"]])
-    touch(tmp_path / "there.wav")
-    with pytest.raises(InputError, match=r"looked for gone\.wav.*there is there\.wav"):
-        read_split(str(tmp_path), "all", tmp_path)
-    with pytest.raises(InputError, match=r"no clotho here: looked for .*clotho_captions_eval"):
-        read_split("clotho", "test", tmp_path)
+# --- What is trained on, and what validates ---
 
 
-# --- Waveforms ---
+def write_clotho_and_audiocaps(data_dir: Path) -> None:
+    """Write every split of both; each begins with a file that the csv lists and the disk lacks.
+
+    Clotho's clips have five captions; AudioCaps' have one for training, five in val and test.
+    """
+    level = 200
+    for part, name in (("train", "development"), ("val", "validation"), ("test", "evaluation")):
+        rows = [["gone.wav", *captions_of_level(1, 5)]]
+        for _ in range(3):
+            level += 1
+            rows.append([f"{level}.wav", *captions_of_level(level, 5)])
+            write_level(data_dir / name / f"{level}.wav", level)
+        write_csv(data_dir / f"clotho_captions_{name}.csv", CLOTHO_COLUMNS, rows)
+
+        rows = [["1", "gone", "0", "level 1 caption 0"]]
+        for _ in range(4):
+            level += 1
+            captions = captions_of_level(level, 1 if part == "train" else 5)
+            rows += [["1", f"v{level}", "30", caption] for caption in captions]
+            write_level(data_dir / f"AUDIOCAPS/{part}/v{level}_30.wav", level)
+        write_csv(data_dir / f"AUDIOCAPS/{part}.csv", AUDIOCAPS_COLUMNS, rows)
 
 
-def test_a_sound_is_decoded_once_and_again_when_it_changes(tmp_path, monkeypatch):
-    folder, decoded = write_folder(tmp_path / "mine", 3), []
+def test_audiocaps_splits_are_merged_for_training_and_clotho_validates(tmp_path):
+    write_clotho_and_audiocaps(tmp_path)
+    splits, validation = training_splits(["clotho", "audiocaps"], None, tmp_path)
+    names = [split.name for split in splits]
+    assert names == ["clotho/development", "audiocaps/train", "audiocaps/val", "audiocaps/test"]
+    assert validation.name == "clotho/validation"
 
-    def load(path, **options):
-        decoded.append(path)
-        return load_audio(path, **options)
 
-    monkeypatch.setattr(decoding, "load_audio", load)
+def test_the_first_folder_validates_and_the_others_are_trained_on_whole(tmp_path):
+    first = write_folder(tmp_path / "first", 4)
+    second = write_folder(tmp_path / "second", 6)
+    splits, validation = training_splits([str(first), str(second)], None, tmp_path)
+    assert [len(split.clips) for split in splits] == [2, 6]
+    assert validation.name.startswith("first@") and validation.name.endswith("/val")
+
+
+def test_a_folder_can_validate_what_is_trained_on_clotho(tmp_path):
+    write_clotho_and_audiocaps(tmp_path)
+    folder = str(write_folder(tmp_path / "mine", 4))
+    splits, validation = training_splits(["clotho"], folder, tmp_path)
+    assert [split.name for split in splits] == ["clotho/development"]
+    assert validation.name.startswith("mine@") and len(validation.clips) == 2
+
+
+def test_clotho_validates_what_is_trained_on_audiocaps_alone(tmp_path):
+    write_clotho_and_audiocaps(tmp_path)
+    _, validation = training_splits(["audiocaps"], None, tmp_path)
+    assert validation.name == "clotho/validation"
+
+
+@pytest.mark.parametrize("change", ["a caption", "a missing sound"])
+def test_a_split_that_changed_has_another_identity(tmp_path, change):
+    write_clotho_and_audiocaps(tmp_path)
+    before = read_split("clotho", "val", tmp_path).identity
+    table = tmp_path / "clotho_captions_validation.csv"
+    if change == "a caption":
+        table.write_text(table.read_text().replace("level 208 caption 0", "rain"))
+    else:
+        os.remove(tmp_path / "validation/208.wav")
+    assert read_split("clotho", "val", tmp_path).identity != before
+
+
+@pytest.mark.parametrize(
+    ("datasets", "validation"), [(["clotho", "clotho"], None), (["audiocaps"], "audiocaps")]
+)
+def test_nothing_is_trained_on_twice_or_validates_what_it_is_trained_on(
+    tmp_path, datasets, validation
+):
+    write_clotho_and_audiocaps(tmp_path)
+    with pytest.raises(InputError, match="--datasets"):
+        training_splits(datasets, validation, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "trained_part", "seen"),
+    [
+        ("val", "val", True),
+        ("val", "train", False),
+        ("val", "all", True),
+        ("train", "all", True),
+        ("all", "train", True),
+        ("all", "val", True),
+    ],
+)
+def test_a_part_of_a_folder_was_seen_if_it_shares_clips_with_training(
+    tmp_path, part, trained_part, seen
+):
+    folder = write_folder(tmp_path / "mine", 4)
+    split = read_split(str(folder), part, tmp_path)
+    trained_on = read_split(str(folder), trained_part, tmp_path).name
+    assert was_seen(split, ["clotho/development", trained_on]) == seen
+
+
+def test_a_part_of_another_data_set_was_not_seen(tmp_path):
+    write_clotho_and_audiocaps(tmp_path)
+    split = read_split("audiocaps", "test", tmp_path)
+    folder = read_split(str(write_folder(tmp_path / "mine", 4)), "all", tmp_path)
+    assert not was_seen(split, ["clotho/test", "audiocaps/train", folder.name])
+    assert was_seen(split, ["audiocaps/train", "audiocaps/test"])
+
+
+# --- Waveforms, decoded once ---
+
+
+def test_a_sound_is_decoded_once(tmp_path):
+    folder = write_folder(tmp_path / "mine", 3)
     split = read_split(str(folder), "all", tmp_path)
-    for _ in range(2):
-        decode_splits([split, split], tmp_path / "cache")
-    assert len(decoded) == 3 and split.waveforms[1].dtype == np.int16
+    decode_splits([split, split], tmp_path / "cache")
+    written = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()}
+    decode_splits([read_split(str(folder), "all", tmp_path)], tmp_path / "cache")
+    after = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()}
+    assert len(written) == 3 and after == written
+    assert split.waveforms[1].dtype == np.int16
     np.testing.assert_array_equal(split.waveforms[1], to_int16(load_audio(folder / "1.wav")))
-    write_wav(folder / "1.wav", noise(2.0))
-    decode_splits([split], tmp_path / "cache")
-    assert len(decoded) == 4 and len(split.waveforms[1]) == 64_000
+
+
+def test_a_sound_that_was_repaired_at_the_same_size_is_decoded_anew(tmp_path):
+    folder = write_folder(tmp_path / "mine", 3)
+    sound = folder / "1.wav"
+    size = sound.stat().st_size
+    read_decoded(folder)
+    write_wav(sound, noise(1.0, seed=77))
+    assert sound.stat().st_size == size
+    split = read_decoded(folder)
+    np.testing.assert_array_equal(split.waveforms[1], to_int16(load_audio(sound)))
 
 
 def test_all_sounds_that_cannot_be_used_are_listed(tmp_path):
     folder = write_folder(tmp_path / "mine", 4)
     (folder / "0.wav").write_bytes(b"no sound")
     whole = (folder / "2.wav").read_bytes()
-    (folder / "2.wav").write_bytes(whole[: len(whole) // 3])  # cut off, and its header says so
+    (folder / "2.wav").write_bytes(whole[: len(whole) // 3])  # its header tells the whole length
     with pytest.raises(InputError) as error:
-        decode_splits([read_split(str(folder), "all", tmp_path)], tmp_path / "cache")
-    assert "(2):" in str(error.value) and "0.wav: cannot be read" in str(error.value)
+        read_decoded(folder)
+    assert "(2):" in str(error.value)
+    assert "0.wav: cannot be read" in str(error.value)
     assert "2.wav: is cut off: 0.3 s of 1.0 s" in str(error.value)
+
+
+# --- python -m dualenc.data check FOLDER ---
 
 
 def test_check(tmp_path, monkeypatch, capsys):
@@ -205,60 +398,200 @@ def test_check_reads_sounds_without_captions(tmp_path, monkeypatch, capsys):
     assert "a\\n.wav: cannot be read" in capsys.readouterr().out
 
 
-# --- Batches ---
+# --- Batches: which pair is where ---
 
 
 @pytest.fixture(scope="module")
-def split(tmp_path_factory):
-    folder = write_folder(tmp_path_factory.mktemp("mine"), clips=7, captions=3)
-    found = read_split(str(folder), "all", folder)
-    decode_splits([found], folder / "cache")
-    return found
+def splits_of_three_data_sets(tmp_path_factory) -> list[data.Split]:
+    """Clotho, AudioCaps' three splits and a folder: 5, 1, 5, 5 and 2 captions a clip."""
+    data_dir = tmp_path_factory.mktemp("data")
+    write_clotho_and_audiocaps(data_dir)
+    folder = write_levels(data_dir / "mine", range(100, 105))
+    splits, _ = training_splits(["clotho", "audiocaps", str(folder)], None, data_dir)
+    decode_splits(splits, data_dir / "cache")
+    return splits
 
 
-@pytest.mark.parametrize("k", [1, 2, 3])
-def test_an_epoch_shows_every_pair_once_and_drops_the_rest(split, k):
-    batches = PairBatches([split], train_bpe(CAPTIONS, 1000), 4, k, seed=1)
-    assert len(batches) == 5  # of 21 pairs
-    orders = [batches.order(epoch)[0].tolist() for epoch in (0, 1)]
-    assert sorted(orders[0]) == list(range(21)) == sorted(orders[1]) and orders[0] != orders[1]
-    assert orders[0] != PairBatches([split], None, 4, k, seed=2).order(0)[0].tolist()
-    pairs, leaders = batches.order(0)
-    assert np.bincount(leaders).max() == k  # so many captions stand together
-    for start in np.flatnonzero(np.append(True, leaders[1:] != leaders[:-1])):
-        assert pairs[start] == leaders[start]
-    shown = [batches[step].pair_ids.tolist() for step in range(5)]
-    assert sum(shown, []) == orders[0][:20]
+@pytest.fixture(scope="module")
+def split(tmp_path_factory) -> data.Split:
+    """Eight clips of noise with four captions each: of one, two and three segments, one longer."""
+    folder = write_folder(tmp_path_factory.mktemp("noise"), clips=8, captions=4)
+    for i, seconds in enumerate([0.2, 12.0, 25.0, 3.0, 40.0, 10.02, 18.0, 29.0]):
+        write_wav(folder / f"{i}.wav", noise(seconds, seed=i))
+    return read_decoded(folder)
 
 
-def test_shares_are_the_parts_of_one_batch(split):
-    tokenizer = train_bpe(split.captions, 1000)
-    whole = PairBatches([split], tokenizer, 6, 2)[3]
-    parts = [PairBatches([split], tokenizer, 6, 2, rank=rank, world=2)[3] for rank in (0, 1)]
-    for part in parts:
-        assert part.pair_ids.tolist() == whole.pair_ids.tolist() and len(part.tokens) == 3
-    rows = [p.segments[p.clip_rows] for p in parts]  # clips of one segment
-    np.testing.assert_array_equal(np.concatenate(rows), whole.segments[whole.clip_rows])
-    pieces = list(whole.pieces(4))
-    rows = [p.segments[p.clip_rows] for p in pieces]
-    np.testing.assert_array_equal(np.concatenate(rows), whole.segments[whole.clip_rows])
-    assert [len(piece.tokens) for piece in pieces] == [4, 2]
+def all_captions(splits: list[data.Split]) -> list[str]:
+    captions = []
+    for split in splits:
+        captions += split.captions
+    return captions
 
 
-def test_long_clips_are_cropped_anew_in_each_epoch(tmp_path):
-    ramp = np.linspace(-0.9, 0.9, 40 * 32_000, dtype=np.float32)
-    write_wav(tmp_path / "a.wav", ramp)
-    header = ["file_name", "caption_1", "caption_2"]
-    write_csv(tmp_path / "captions.csv", header, [["a.wav", *"xy"]])
-    split = read_split(str(tmp_path), "all", tmp_path)
-    decode_splits([split], tmp_path / "cache")
-    batches = PairBatches([split], train_bpe(CAPTIONS, 1000), 2, captions_per_clip=2)
-    starts = [int(batches[step].segments[0, 0]) for step in range(4)]
-    assert len(set(starts)) == 4 and starts[0] == int(batches[0].segments[0, 0])
-    assert batches[0].segments.shape == (3, SEGMENT_SAMPLES)
+def all_levels(splits: list[data.Split]) -> list[int]:
+    levels = []
+    for split in splits:
+        levels += [int(waveform[0]) for waveform in split.waveforms]
+    return levels
 
 
-@pytest.mark.parametrize(("size", "world"), [(22, 1), (6, 4)])
-def test_a_batch_that_cannot_be_made(split, size, world):
-    with pytest.raises(InputError, match=f"{size}: .*21 pairs.* of the processes .{world}.$"):
+def sounds_of_pairs(batch: data.Batch) -> list[np.ndarray]:
+    """The segments of each pair's clip, in the order of the pairs."""
+    segments_of_clip = batch.segments.split(batch.counts.tolist())
+    return [segments_of_clip[row].numpy() for row in batch.clip_rows]
+
+
+def pairs_of_epoch(batches: PairBatches, epoch: int) -> list[int]:
+    pairs = []
+    for step in range(len(batches)):
+        pairs += batches[epoch * len(batches) + step].pair_ids.tolist()
+    return pairs
+
+
+def run_lengths(values: list[int]) -> list[int]:
+    """How often each value is repeated in a row: [5, 5, 2] -> [2, 1]."""
+    starts = np.flatnonzero(np.diff(values, prepend=-1))
+    return np.diff(starts, append=len(values)).tolist()
+
+
+@pytest.mark.parametrize("captions_per_clip", [1, 2, 5])
+def test_each_pair_has_its_own_sound_caption_and_ids(splits_of_three_data_sets, captions_per_clip):
+    captions = all_captions(splits_of_three_data_sets)
+    levels = all_levels(splits_of_three_data_sets)
+    assert len(set(levels)) == len(levels) == 3 + 3 * 4 + 5
+    tokenizer = train_bpe(captions, 1000)
+    batches = PairBatches(splits_of_three_data_sets, tokenizer, 7, captions_per_clip)
+    for step in range(2 * len(batches)):
+        batch = batches[step]
+        for i, sound in enumerate(sounds_of_pairs(batch)):
+            level = int(sound[0, 0])
+            caption = tokenizer.decode(batch.tokens[i].tolist())
+            assert caption.startswith(f"level {level} ")
+            # Ids are also the rows of the teachers' embeddings: all clips, and all captions.
+            assert levels[batch.clip_ids[i]] == level
+            assert normalise(captions[batch.pair_ids[i]]) == caption
+
+
+@pytest.mark.parametrize("captions_per_clip", [1, 2, 3])
+def test_an_epoch_shows_every_pair_once(split, captions_per_clip):
+    batches = PairBatches([split], train_bpe(CAPTIONS, 1000), 8, captions_per_clip)
+    assert sorted(pairs_of_epoch(batches, 0)) == list(range(32))
+    assert sorted(pairs_of_epoch(batches, 1)) == list(range(32))
+
+
+def test_the_pairs_that_fill_no_batch_are_dropped(split):
+    batches = PairBatches([split], train_bpe(CAPTIONS, 1000), 6)
+    assert len(batches) == 5
+    pairs = pairs_of_epoch(batches, 0)
+    assert len(pairs) == len(set(pairs)) == 30
+    assert set(pairs) != set(pairs_of_epoch(batches, 1))
+
+
+def test_seeds_and_epochs_have_orders_of_their_own(split):
+    orders = set()
+    for seed in (0, 1, 2):
+        batches = PairBatches([split], train_bpe(CAPTIONS, 1000), 8, seed=seed)
+        for epoch in (0, 1, 2):
+            orders.add(tuple(pairs_of_epoch(batches, epoch)))
+    assert len(orders) == 9  # a seed that is a sum would make two alike
+
+
+def test_clips_come_in_another_order_in_each_epoch(split):
+    batches = PairBatches([split], train_bpe(CAPTIONS, 1000), 8, captions_per_clip=4)
+    orders = []
+    for epoch in (0, 1):
+        clips = [pair // 4 for pair in pairs_of_epoch(batches, epoch)]
+        orders.append(clips)
+        assert clips != sorted(clips)
+    assert orders[0] != orders[1]
+
+
+@pytest.mark.parametrize("captions_per_clip", [2, 4])
+def test_captions_of_a_clip_stand_together_and_it_is_encoded_once(split, captions_per_clip):
+    batches = PairBatches([split], train_bpe(CAPTIONS, 1000), 8, captions_per_clip)
+    for step in range(len(batches)):
+        runs = run_lengths(batches[step].clip_ids.tolist())
+        assert all(length % captions_per_clip == 0 for length in runs)
+        if captions_per_clip == 4:
+            assert len(batches[step].counts) == 2
+
+
+def test_captions_that_stand_together_are_drawn_anew_in_each_epoch(split):
+    batches = PairBatches([split], train_bpe(CAPTIONS, 1000), 8, captions_per_clip=2)
+    couples = []
+    for epoch in (0, 1):
+        pairs = np.reshape(pairs_of_epoch(batches, epoch), (-1, 2))
+        couples.append({tuple(sorted(couple)) for couple in pairs.tolist()})
+    assert couples[0] != couples[1]
+
+
+@pytest.mark.parametrize(("size", "world"), [(33, 1), (6, 4)])
+def test_a_batch_that_cannot_be_made_is_an_error(split, size, world):
+    with pytest.raises(InputError, match=f"{size}: .*32 pairs.* of the processes .{world}.$"):
         PairBatches([split], None, size, world=world)
+
+
+# --- Batches: shares, pieces, crops ---
+
+
+@pytest.mark.parametrize("captions_per_clip", [1, 2])
+def test_the_shares_of_two_processes_are_the_halves_of_one_batch(split, captions_per_clip):
+    tokenizer = train_bpe(split.captions, 1000)
+    whole = PairBatches([split], tokenizer, 12, captions_per_clip)[3]
+    sounds = []
+    captions = []
+    for rank in (0, 1):
+        batches = PairBatches([split], tokenizer, 12, captions_per_clip, rank=rank, world=2)
+        share = batches[3]
+        assert share.clip_ids.tolist() == whole.clip_ids.tolist()
+        assert share.pair_ids.tolist() == whole.pair_ids.tolist()
+        assert len(share.tokens) == 6
+        sounds += sounds_of_pairs(share)
+        captions += [tokenizer.decode(tokens) for tokens in share.tokens.tolist()]
+    assert captions == [tokenizer.decode(tokens) for tokens in whole.tokens.tolist()]
+    for sound, expected in zip(sounds, sounds_of_pairs(whole), strict=True):
+        np.testing.assert_array_equal(sound, expected)
+
+
+@pytest.mark.parametrize("pairs", [1, 5, 12])
+def test_pieces_are_the_parts_of_one_batch(split, pairs):
+    whole = PairBatches([split], train_bpe(split.captions, 1000), 12, captions_per_clip=2)[3]
+    pieces = list(whole.pieces(pairs))
+    sounds = []
+    tokens = []
+    for piece in pieces:
+        assert len(piece.segments) == piece.counts.sum()
+        sounds += sounds_of_pairs(piece)
+        tokens += piece.tokens.tolist()
+    assert max(len(piece.tokens) for piece in pieces) == pairs
+    assert tokens == whole.tokens.tolist()
+    for sound, expected in zip(sounds, sounds_of_pairs(whole), strict=True):
+        np.testing.assert_array_equal(sound, expected)
+
+
+@pytest.fixture(scope="module")
+def two_ramps(tmp_path_factory) -> data.Split:
+    """Two clips of 40 s that rise all the time: a sample tells where a crop begins."""
+    folder = tmp_path_factory.mktemp("ramps")
+    ramp = np.linspace(-0.9, 0.9, 40 * SAMPLE_RATE)
+    rows = []
+    for name in ("a.wav", "b.wav"):
+        write_wav(folder / name, ramp)
+        rows.append([name, "one", "two"])
+    write_csv(folder / "captions.csv", ["file_name", "caption_1", "caption_2"], rows)
+    return read_decoded(folder)
+
+
+def test_neighbours_share_a_crop_of_30_s(two_ramps):
+    batches = PairBatches([two_ramps], train_bpe(CAPTIONS, 1000), 2, captions_per_clip=2)
+    assert batches[0].segments.shape == (3, SEGMENT_SAMPLES)
+    assert batches[0].clip_rows.tolist() == [0, 0]
+
+
+def test_clips_seeds_and_epochs_have_crops_of_their_own(two_ramps):
+    starts = set()
+    for seed in (0, 1, 2):
+        batches = PairBatches([two_ramps], train_bpe(CAPTIONS, 1000), 2, 2, seed=seed)
+        for step in range(3 * len(batches)):
+            starts.add(int(batches[step].segments[0, 0]))
+    assert len(starts) == 18  # a seed that is a sum would make some alike
