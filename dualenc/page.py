@@ -62,6 +62,9 @@ class Evaluation:
     text: Tensor  # (Q, D) unit norm
     audio: Tensor  # (N, D) unit norm
     annotations: dict[int, Sequence[int]]  # {caption: its relevant clips}, the new annotations
+    # What the evaluation is of, shown as a list in this order: {"checkpoint": "runs/a/best.pt",
+    # "split": ..., "clips": ..., "queries": ..., "annotations": ..., "date": ..., settings}.
+    facts: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def write_evaluation(path: Path, evaluation: Evaluation) -> None:
@@ -103,7 +106,8 @@ def write_evaluation(path: Path, evaluation: Evaluation) -> None:
     logged = [run for run in runs if (run / LOG).is_file()]
     body = "\n".join([
         f'<a class="skip" href="#filter">Skip to the queries</a>\n<h1>{escape(title)}</h1>',
-        f'<p class="quiet">{escape(about)}</p>\n<h2>Results</h2>', _table(columns, lines),
+        f'<p class="quiet">{escape(about)}</p>', _facts(evaluation.facts),
+        "<h2>Results</h2>", _table(columns, lines),
         "<h2>Learning curves</h2>",
         _pictures(_curves(logged)) if logged else "<p>There is no log of a run.</p>",
         "<h2>Where the right clip ranks</h2>", _pictures(_rankings(rank, len(audio))),
@@ -114,6 +118,16 @@ def write_evaluation(path: Path, evaluation: Evaluation) -> None:
     with replacing(path) as temporary:
         # A file's name may hold bytes that are not UTF-8: they are shown as escapes.
         temporary.write_text(document(title, body, held), "utf-8", "backslashreplace")
+
+
+def _facts(facts: dict[str, str]) -> str:
+    """Return what the evaluation is of as a list of definitions; nothing without facts."""
+    if not facts:
+        return ""
+    items = ""
+    for name, value in facts.items():
+        items += f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>\n"
+    return f'<dl class="facts">\n{items}</dl>'
 
 
 def _table(columns: Sequence[str], lines: Sequence[tuple[str, Sequence[str]]]) -> str:
