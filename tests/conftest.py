@@ -14,7 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from dualenc import DualEncoder  # noqa: E402
 from dualenc.decoding import to_int16  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 CAPTIONS = ["a dog barks twice", "rain falls on a roof", "birds sing while a train passes by"]
 
 

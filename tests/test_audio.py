@@ -242,3 +242,21 @@ def test_crop_takes_30_s_at_random_only_with_a_generator():
     crops = np.stack([audio.crop(waveform, rng) for _ in range(20)])
     assert set(crops[:, 0]) == {0, 1, 2} and crops.shape == (20, 960_000)
     assert audio.crop(waveform)[[0, -1]].tolist() == [0, 959_999]
+
+
+# --- Patches ---
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("patch", [(16, 16), (128, 16)])
+def test_patches_are_those_of_a_convolution_whose_stride_is_its_kernel(patch, precision):
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv2d(1, 96, patch, stride=patch)
+    log_mel = torch.randn(3, 1, 128, 1000)  # 62 patches of 16 frames; 8 frames are left
+    expected = convolution(log_mel)
+    projection = audio.PatchProjection(convolution)
+    with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        embedded = projection(log_mel)
+    assert embedded.dtype == precision
+    bound = 1e-5 if precision == torch.float32 else 0.02  # bf16 has 8 bits
+    torch.testing.assert_close(embedded.float(), expected, rtol=0, atol=bound)
+    assert projection.state_dict().keys() == convolution.state_dict().keys()
