@@ -1,16 +1,17 @@
-"""What the benchmarks share: options, sides taken in turn, the machine's name, noise."""
+"""What the benchmarks share: options, a comparison in turns, the machine's name, random data."""
 
 import argparse
 import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1])]
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks are run as scripts
 
 from dualenc.audio import to_segments
 from dualenc.data import Batch
@@ -20,46 +21,94 @@ WORDS = "a dog barks while rain falls on the roof and someone walks over gravel 
 
 
 def options(description: str, **defaults) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
+    """Parse options whose types and defaults are given: options(__doc__, rounds=3) has --rounds."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, value in defaults.items():
-        parser.add_argument(f"--{name}", type=type(value), default=value)
+        parser.add_argument(f"--{name}", type=type(value), default=value, help=f"default {value}")
     return parser.parse_args()
 
 
 def machine(device: torch.device) -> str:
-    cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    return f"{name}; Python {platform.python_version()}, torch {torch.__version__}"
+    """Return the name of the card, or of the CPU with its threads, and the versions."""
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        hardware = f"{cpu_name()}, {torch.get_num_threads()} threads"
+    return f"{hardware}; Python {platform.python_version()}, torch {torch.__version__}"
 
 
-def compare(rounds: int, sides: dict, warm_up: int = 1) -> None:
-    """Print the median of each side and how many times as fast as the first it is, in turns."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    times = {name: [] for name in sides}
-    for _ in range(warm_up + rounds):
+def cpu_name() -> str:
+    """Return the CPU's name as Linux tells it, or else its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def seconds_of(work: Callable, rounds: int = 1) -> float:
+    """Return the seconds that one call takes, the mean of so many; a GPU is waited for."""
+    synchronise()
+    start = time.perf_counter()
+    for _ in range(rounds):
+        work()
+    synchronise()
+    return (time.perf_counter() - start) / rounds
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def compare(rounds: int, sides: dict[str, Callable]) -> dict[str, float]:
+    """Time each side in turn, and print its median and how many times as fast as the first it is.
+
+    The sides take turns, since a shared machine's speed drifts. A first round is not counted.
+
+    Returns:
+        {name of a side: its median in seconds}.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(1 + rounds):
         for name, side in sides.items():
-            start = time.perf_counter()
-            side()
-            wait()
-            times[name].append(time.perf_counter() - start)
-    medians = [statistics.median(found[warm_up:]) for found in times.values()]
-    for name, found in zip(sides, medians, strict=True):
-        print(f"  {name:20}{found:10.4f} s{medians[0] / found:8.2f} times", flush=True)
+            seconds[name].append(seconds_of(side))
+    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+    first = next(iter(medians.values()))
+    for name, median in medians.items():
+        print(f"  {name:28}{median:10.4f} s{first / median:8.2f} times", flush=True)
+    return medians
 
 
-def random_clips(durations_s) -> list[np.ndarray]:
-    """Noise: (n,) int16 each."""
+# --- Random data ---
+
+def random_clips(durations_s: Sequence[float]) -> list[np.ndarray]:
+    """Return a clip of noise for each duration: (n,) int16."""
     rng = np.random.default_rng(0)
-    return [rng.integers(-3000, 3000, int(s * SAMPLE_RATE), dtype=np.int16) for s in durations_s]
+    clips = []
+    for duration_s in durations_s:
+        samples = int(duration_s * SAMPLE_RATE)
+        clips.append(rng.integers(-3000, 3000, samples, dtype=np.int16))
+    return clips
 
 
 def random_captions(count: int) -> list[str]:
-    """Of 8 to 20 words, as Clotho's are."""
+    """Return captions of 8 to 20 words, as long as Clotho's are."""
     rng = np.random.default_rng(0)
-    return [" ".join(rng.choice(WORDS, rng.integers(8, 21))) for _ in range(count)]
+    captions = []
+    for _ in range(count):
+        words = rng.choice(WORDS, rng.integers(8, 21))
+        captions.append(" ".join(words))
+    return captions
 
 
 def batch_of(clips: list[np.ndarray], tokens: torch.Tensor) -> Batch:
-    """A pair of each clip and row of tokens."""
+    """Make a batch that pairs each clip with one row of tokens (B, L)."""
+    segments, counts = to_segments(clips)
     ids = torch.arange(len(clips))
-    return Batch(*to_segments(clips), ids, tokens, ids, ids)
+    return Batch(
+        segments=segments, counts=counts, clip_rows=ids, tokens=tokens, clip_ids=ids, pair_ids=ids
+    )

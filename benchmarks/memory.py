@@ -1,15 +1,18 @@
 """The peak memory of a training step and of embedding, predicted without a GPU.
 
-    python benchmarks/memory.py     # the table, in some ten minutes
+    python benchmarks/memory.py                    # the table, in some ten minutes
+    python benchmarks/memory.py --device cuda      # on a GPU: measured beside the prediction
     MALLOC_MMAP_THRESHOLD_=65536 python benchmarks/memory.py --measure fp32    # on a CPU; 10 GiB
 
-64 pairs, half of the clips of 10 s and half of 15 to 30 s. The step is taken on tensors without
-memory, whose storages are noted as they come and go; malloc is told to give back what is freed.
+64 pairs, half of the clips of 10 s and half of 15 to 30 s. To predict, the step is taken on tensors
+without memory, whose storages are noted as they come and go. (malloc is told to give back what is
+freed.)
 """
 
 import contextlib
 import resource
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -17,104 +20,182 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measure import batch_of, options, random_clips
+from measure import batch_of, machine, options, random_clips
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dualenc.data import Batch
 from dualenc.losses import contrastive_loss, distillation_loss
-from dualenc.model import PRECISIONS, DualEncoder
+from dualenc.model import PRECISIONS, DualEncoder, choose_device
 
-PAIRS, TOKENS, FAKE = 64, 24, FakeTensorMode(allow_non_fake_inputs=True)
+PAIRS = 64
+TOKENS = 24
+PIECES = (64, 32, 16, 8, 4)  # pairs encoded at a time; 64 is the whole batch
+TEACHERS = 4
 CLIPS, CAPTIONS = 3839, 19_195  # of Clotho's training split, which the teachers have embedded
-CARDS, SPARE = (8, 11, 16, 24, 40, 80), 1  # GiB; for CUDA itself, cuBLAS and fragmentation
-DURATIONS = np.where(np.arange(PAIRS) % 2, 10, np.random.default_rng(0).uniform(15, 30, PAIRS))
-BATCH = batch_of(random_clips(DURATIONS), torch.full((PAIRS, TOKENS), 5))
-KERNELS = {  # as a GPU's: attention is fused, with dropout and a mask, too; dropout keeps bytes
-    "scaled_dot_product_attention": lambda q, k, v, *_, **__:
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0],
-    "dropout": lambda x, p, training, *_: torch.native_dropout(x, p, training)[0],
-}
+CARDS = (8, 11, 16, 24, 40, 80)  # GB of the cards that people have
+SPARE = 1  # GiB for CUDA itself, cuBLAS and fragmentation
+GIB = 2**30
+# One for all predictions, since the mel filters are kept between them.
+WITHOUT_MEMORY = FakeTensorMode(allow_non_fake_inputs=True)
 
 
-class Peak(TorchDispatchMode):
-    """The bytes of all storages that live, and their highest sum."""
-
-    def __init__(self):
-        super().__init__()
-        self.living, self.highest = {}, 0
-
-    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for storage in [t.untyped_storage() for t in tree_leaves(out) if isinstance(t, Tensor)]:
-            if storage._cdata not in self.living:
-                self.living[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self.living.pop, storage._cdata)
-                self.highest = max(self.highest, sum(self.living.values()))
-        return out
+def make_batch() -> Batch:
+    rng = np.random.default_rng(0)
+    clotho = rng.uniform(15, 30, PAIRS)
+    durations_s = np.where(np.arange(PAIRS) % 2, 10, clotho)
+    return batch_of(random_clips(durations_s.tolist()), torch.full((PAIRS, TOKENS), 5))
 
 
-def training_step(precision: torch.dtype | None, pieces: list, teachers: int = 0) -> None:
-    """One step, AdamW's state being in place."""
-    model = DualEncoder.create("report", "random", ["a dog"]).train()
+BATCH = make_batch()
+
+
+# --- The work whose memory is told ---
+
+def training_step(
+    precision: torch.dtype | None, pieces: list[Batch], teachers: int, device: str = "cpu"
+) -> None:
+    """Make one step of the report's model, AdamW's state being there already."""
+    model = DualEncoder.create("report", "random", ["a dog"]).train().to(device)
     model.precision = precision
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    embedded = [(torch.ones(CLIPS, 1024), torch.ones(CAPTIONS, 1024)) for _ in range(teachers)]
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    batch = SimpleNamespace(inputs=BATCH.inputs, pieces=lambda _: pieces)  # it reads values
-    audio, text = model.encode_pairs(batch, len(pieces) if len(pieces) > 1 else None)
-    loss = contrastive_loss(audio, text, BATCH.clip_ids, model.tau)
+    teacher_audio = [torch.ones(CLIPS, 1024, device=device) for _ in range(teachers)]
+    teacher_text = [torch.ones(CAPTIONS, 1024, device=device) for _ in range(teachers)]
+
+    # The batch is cut into pieces beforehand: that reads values, which not every tensor here has.
+    batch = SimpleNamespace(inputs=BATCH.inputs, pieces=lambda pairs: pieces)
+    micro_batch = len(pieces[0].tokens) if len(pieces) > 1 else None
+    audio, text = model.encode_pairs(batch, micro_batch)
+    clip_ids = BATCH.clip_ids.to(device)
+    loss = contrastive_loss(audio, text, clip_ids, model.tau)
     if teachers:
-        theirs = [[side[BATCH.clip_ids] for side in sides] for sides in zip(*embedded, strict=True)]
-        loss = loss + distillation_loss(audio, text, *theirs, model.tau)
+        batch_audio = [embeddings[clip_ids] for embeddings in teacher_audio]
+        batch_text = [embeddings[clip_ids] for embeddings in teacher_text]
+        loss = loss + distillation_loss(audio, text, batch_audio, batch_text, model.tau)
     loss.backward()
     optimizer.step()
 
 
-def embedding(precision: torch.dtype | None) -> None:
-    """Of as many clips of 30 s and captions as are embedded together."""
-    model = DualEncoder.create("report", "random", ["a dog"]).eval()
+def embedding(precision: torch.dtype | None, device: str = "cpu") -> None:
+    """Embed as many clips of 30 s and captions as are embedded together."""
+    model = DualEncoder.create("report", "random", ["a dog"]).eval().to(device)
     model.precision = precision
     with torch.no_grad():
-        model.encode_audio(torch.zeros(24, 320_000), torch.full((8,), 3))
-        model.encode_text(torch.full((64, 32), 5))
+        segments = torch.zeros(24, 320_000, device=device)
+        model.encode_audio(segments, torch.full((8,), 3, device=device))
+        model.encode_text(torch.full((64, 32), 5, device=device))
 
 
-def predicted(work, precision: torch.dtype | None, *arguments, as_gpu: bool = True) -> float:
-    """In GiB."""
+# --- Predicted ---
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of all storages that live, and keeps their highest sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.living: dict[int, int] = {}  # bytes by storage
+        self.highest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.note(leaf.untyped_storage())
+        return out
+
+    def note(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self.living:
+            return
+        self.living[storage._cdata] = storage.nbytes()
+        weakref.finalize(storage, self.living.pop, storage._cdata)
+        self.highest = max(self.highest, sum(self.living.values()))
+
+
+def fused_attention(q, k, v, *args, **kwargs):
+    """Stand in for a GPU's kernel, which is fused with dropout and a mask, too."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
+
+
+def dropout_with_mask(x, p, training, *args):
+    """Stand in for a GPU's dropout, which keeps a byte for each value."""
+    return torch.native_dropout(x, p, training)[0]
+
+
+def predict(work: Callable, precision: torch.dtype | None, *arguments, as_gpu: bool = True):
+    """Return the peak in GiB, of a GPU's kernels or of a CPU's."""
     if as_gpu and precision == torch.bfloat16:
-        precision = torch.float16  # as large; in bf16 on a CPU our attention is written out
+        precision = torch.float16  # as large; attention in bf16 is written out on a CPU alone
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(Tensor, "item", lambda _: 0))
-        for name, kernel in KERNELS.items() if as_gpu else ():
-            stack.enter_context(mock.patch.object(F, name, kernel))
-        stack.enter_context(FAKE)
+        if as_gpu:
+            attention = "scaled_dot_product_attention"
+            stack.enter_context(mock.patch.object(F, attention, fused_attention))
+            stack.enter_context(mock.patch.object(F, "dropout", dropout_with_mask))
+        stack.enter_context(WITHOUT_MEMORY)
         peak = stack.enter_context(Peak())
         work(precision, *arguments)
-    moved = BATCH.segments.nbytes * (work is training_step and as_gpu)  # not a pretended tensor
-    return (peak.highest + moved) / 2**30
+    highest = peak.highest
+    if as_gpu and work is training_step:
+        highest += BATCH.segments.nbytes  # a real tensor here, a copy of it on a GPU
+    return highest / GIB
 
 
-def main():
-    if name := options(__doc__, measure="").measure:
-        step = training_step, PRECISIONS[name], list(BATCH.pieces(8))
-        before = int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0])
-        training_step(*step[1:])
-        peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
-        return print(f"{name} on a CPU, pieces of 8: {peak:.2f} GiB more than before the step, "
-                     f"{predicted(*step, as_gpu=False):.2f} were predicted")
-    print(f"{PAIRS} pairs ({len(BATCH.segments)} segments, {TOKENS} tokens), predicted, in GiB")
-    rows = [(f"stage {stage}, pieces of {n}", training_step, list(BATCH.pieces(n)), teachers)
-            for stage, teachers in ((1, 0), (2, 4)) for n in (64, 32, 16, 8, 4)]
+# --- Measured ---
+
+def measure_cuda(work: Callable, precision: torch.dtype | None, *arguments) -> float:
+    """Return the peak in GiB of what torch allocates on the GPU."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        work(precision, *arguments, device="cuda")
+    except torch.OutOfMemoryError:
+        return float("inf")
+    return torch.cuda.max_memory_allocated() / GIB
+
+
+def measure_cpu(precision: torch.dtype | None) -> float:
+    """Return the peak in GiB by which this process grows in a step in pieces of 8 pairs."""
+    status = Path("/proc/self/status").read_text()
+    before_kib = int(status.split("VmRSS:")[1].split()[0])
+    training_step(precision, list(BATCH.pieces(8)), 0)
+    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (peak_kib - before_kib) * 1024 / GIB
+
+
+def main() -> None:
+    args = options(__doc__, measure="", device="cpu")
+    if args.measure:
+        precision = PRECISIONS[args.measure]
+        measured = measure_cpu(precision)
+        predicted = predict(training_step, precision, list(BATCH.pieces(8)), 0, as_gpu=False)
+        print(f"{args.measure} on a CPU, pieces of 8: {measured:.2f} GiB more than before the step,"
+              f" {predicted:.2f} were predicted")
+        return
+
+    device = choose_device(args.device)
+    print(f"{PAIRS} pairs ({len(BATCH.segments)} segments, {TOKENS} tokens), GiB, predicted")
+    if device.type == "cuda":
+        print(f"and measured on {machine(device)}")
+    works = []
+    for stage, teachers in ((1, 0), (2, TEACHERS)):
+        for pairs in PIECES:
+            label = f"stage {stage}, pieces of {pairs}"
+            works.append((label, training_step, list(BATCH.pieces(pairs)), teachers))
+    works.append(("embedding", embedding))
     for name in ("bf16", "fp32"):
-        for label, work, *arguments in [*rows, ("embedding", embedding)]:
-            peak = predicted(work, PRECISIONS[name], *arguments)
-            card = next(size for size in CARDS if size >= peak + SPARE)
-            print(f"{name}  {label:24}{peak:7.1f}   a card of {card} GB", flush=True)
+        for label, work, *arguments in works:
+            predicted = predict(work, PRECISIONS[name], *arguments)
+            line = f"{name}  {label:24}{predicted:7.1f}"
+            if device.type == "cuda":
+                line += f"{measure_cuda(work, PRECISIONS[name], *arguments):7.1f}"
+            card = next(size for size in CARDS if size >= predicted + SPARE)
+            print(f"{line}   a card of {card} GB", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,141 +1,218 @@
-"""A training step and embedding, ours against the plain recipe; and what a run costs.
+"""A training step and embedding, ours against the plain recipe.
 
-    python benchmarks/speed.py [--pairs 16] [--clips 12] [--rounds 3] [--device auto]
-    python benchmarks/speed.py --tflops 25      # counts; hours at so many TFLOP a second
+    python benchmarks/speed.py                 # in turns with the plain recipe, in one run
+    python benchmarks/speed.py --device cuda   # on a GPU also what it reaches, at batch 64
 
-A step is forward, backward and update, half of the clips lasting 10 s and half 15 to 30 s, or all
+A step is forward, backward and update. Half of the clips last 10 s and half 15 to 30 s, or all
 10 s; clips of 15 to 30 s are embedded, with five captions each. All is noise, weights are random.
+On a GPU it also prints: TFLOP/s of a step of 64 pairs and its share of what a bf16 matrix product
+reaches there, clips and captions embedded a second, and the time that loading a batch takes beside
+the time that a step takes.
 """
 
+import tempfile
+import wave
+from collections.abc import Callable
 from functools import partial
-from unittest import mock
+from pathlib import Path
 
+import numpy as np
 import torch
-from measure import batch_of, compare, machine, options, random_captions, random_clips
+from cost import TOKENS, flop_of_a_step
+from measure import batch_of, compare, machine, options, random_captions, random_clips, seconds_of
 from plain import PlainRecipe
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.data import DataLoader
 
+from dualenc.data import PairBatches, decode_splits, read_split
+from dualenc.decoding import SAMPLE_RATE
 from dualenc.losses import contrastive_loss
 from dualenc.model import DualEncoder, choose_device
 from dualenc.text import tokenize
 
-PER_CLIP, BATCH = 5, 12  # captions; pairs that the plain recipe takes at a time
+CAPTIONS_PER_CLIP = 5
+PLAIN_BATCH = 12  # pairs that the plain recipe embeds at a time
+TAU = 0.05
+GPU_PAIRS = 64  # the report's batch
+MATRIX = 8192  # rows and columns of the matrix product that a step is held against
 
 
 def loss_of(audio: Tensor, text: Tensor) -> Tensor:
-    return contrastive_loss(audio, text, torch.arange(len(audio), device=audio.device), 0.05)
+    clip_ids = torch.arange(len(audio), device=audio.device)
+    return contrastive_loss(audio, text, clip_ids, TAU)
 
 
-def sides_of(recipe: PlainRecipe, **functions) -> dict:
-    """At fp32, where both are seen to agree, and in bf16 where there are instructions for it."""
-    recipe.eval()  # and ours, which is a part of it: no dropout, patchout and jitter
-    on_gpu = recipe.ours.device.type == "cuda"  # where bf16 makes the plain side faster, too
-    has_bf16 = on_gpu or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def mixed_durations(pairs: int) -> list[float]:
+    """Half of the clips last 10 s, as AudioCaps', the others 15 to 30 s, as Clotho's."""
+    half = pairs // 2
+    return [10.0] * half + torch.linspace(15, 30, pairs - half).tolist()
+
+
+# --- In turns with the plain recipe ---
+
+def check_agreement(plain: PlainRecipe, forward_plain: Callable, forward_ours: Callable) -> None:
+    """Print how far the embeddings of both lie apart in fp32, without dropout and patchout."""
+    plain.eval()  # and ours, which is a part of it
     with torch.no_grad():
-        both = zip(*(function(None) for function in functions.values()), strict=True)
-        worst = max((a - b).abs().max().item() for a, b in both)
-    print(f"  agreement at fp32: embeddings within {worst:.1e}", flush=True)
-    assert worst < 1e-4
-    kinds = [("fp32", None), ("bf16", torch.bfloat16)][: 1 + has_bf16]
-    return {f"{name}, {kind}": partial(f, precision) for kind, precision in kinds
-            for name, f in functions.items() if f"{name}, {kind}" != "plain, bf16" or on_gpu}
+        differences = []
+        for theirs, ours in zip(forward_plain(None), forward_ours(None), strict=True):
+            differences.append((theirs - ours).abs().max().item())
+    print(f"  agreement at fp32: embeddings within {max(differences):.1e}", flush=True)
+    assert max(differences) < 1e-4
 
 
-def step_of(durations_s, ours, plain) -> dict:
-    clips, captions = random_clips(durations_s), random_captions(len(durations_s))
+def sides_of(ours: DualEncoder, forward_plain: Callable, forward_ours: Callable) -> dict:
+    """Return both sides at fp32, and in bf16 where the processor has instructions for it.
+
+    On a CPU the plain recipe is left out in bf16, which makes it slower there.
+    """
+    sides = {"plain, fp32": partial(forward_plain, None), "ours, fp32": partial(forward_ours, None)}
+    if ours.device.type == "cuda":
+        sides["plain, bf16"] = partial(forward_plain, torch.bfloat16)
+        sides["ours, bf16"] = partial(forward_ours, torch.bfloat16)
+    elif torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        sides["ours, bf16"] = partial(forward_ours, torch.bfloat16)
+    return sides
+
+
+def compare_steps(durations_s: list[float], ours: DualEncoder, plain: PlainRecipe, rounds: int):
+    clips = random_clips(durations_s)
+    captions = random_captions(len(durations_s))
     batch = batch_of(clips, tokenize(ours.tokenizer, captions))
-    optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-6, fused=True)  # of shared weights
+    optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-6, fused=True)  # the weights are shared
+
+    def forward_plain(precision):
+        return plain(clips, captions, precision)
 
     def forward_ours(precision):
         ours.precision = precision
         return ours.encode_pairs(batch)
 
-    def step(forward):
+    def step(forward: Callable) -> None:
         plain.train()
-        loss_of(*forward()).backward()
+        audio, text = forward()
+        loss_of(audio, text).backward()
         optimizer.step()
         plain.zero_grad(set_to_none=True)
 
-    sides = sides_of(plain, plain=partial(plain, clips, captions), ours=forward_ours)
-    return {name: partial(step, forward) for name, forward in sides.items()}
+    check_agreement(plain, forward_plain, forward_ours)
+    forwards = sides_of(ours, forward_plain, forward_ours)
+    compare(rounds, {name: partial(step, forward) for name, forward in forwards.items()})
 
 
-@torch.inference_mode()
-def compare_embedding(clip_count, ours, plain, rounds) -> None:
+@torch.no_grad()
+def compare_embedding(clip_count: int, ours: DualEncoder, plain: PlainRecipe, rounds: int):
     clips = random_clips(torch.linspace(15, 30, clip_count).tolist())
-    captions = random_captions(PER_CLIP * clip_count)
+    captions = random_captions(CAPTIONS_PER_CLIP * clip_count)
 
     def embed_ours(precision):
         ours.precision = precision
         return ours.embed_audio(clips), ours.embed_text(captions)
 
     def embed_plain(precision):
-        pairs = [(clips[i // PER_CLIP], caption) for i, caption in enumerate(captions)]
-        batches = [pairs[i : i + BATCH] for i in range(0, len(pairs), BATCH)]
-        parts = [plain(*zip(*batch, strict=True), precision) for batch in batches]
-        audio, text = (torch.cat(side).cpu() for side in zip(*parts, strict=True))
-        return audio[::PER_CLIP], text
+        """The plain recipe embeds a clip with each of its captions."""
+        audio, text = [], []
+        for start in range(0, len(captions), PLAIN_BATCH):
+            rows = range(start, min(start + PLAIN_BATCH, len(captions)))
+            shown_clips = [clips[row // CAPTIONS_PER_CLIP] for row in rows]
+            shown_captions = [captions[row] for row in rows]
+            audio_part, text_part = plain(shown_clips, shown_captions, precision)
+            audio.append(audio_part.cpu())
+            text.append(text_part.cpu())
+        return torch.cat(audio)[::CAPTIONS_PER_CLIP], torch.cat(text)
 
-    compare(rounds, sides_of(plain, plain=embed_plain, ours=embed_ours))
-
-
-PAIRS, EPOCHS, FAKE = 64, 20, FakeTensorMode()
-DATA = {  # steps an epoch, segments a pair, hours on an A40 that the official baseline published
-    # Clotho's clips last 15 to 30 s, evenly spread: a third has two segments, the others three.
-    "Clotho": (299, 8 / 3, 2 + 16 / 60),
-    "Clotho + AudioCaps": (1193, (19_195 * 8 / 3 + 57_188) / 76_383, 7 + 16 / 60),
-}
+    check_agreement(plain, embed_plain, embed_ours)
+    compare(rounds, sides_of(ours, embed_plain, embed_ours))
 
 
-def flop_of_a_step(segments: int, tokens: int) -> dict[str, int]:
-    """Of the matrix products of forward and backward, by part; tokens: of the longest caption."""
-    found = {}
-    # Attention is written out, since a fused one counts as nothing here.
-    with FAKE, sdpa_kernel(SDPBackend.MATH), mock.patch.object(Tensor, "item", lambda _: 0):
-        model = DualEncoder.create("report", "random", ["a dog"]).train()
-        means, words = (torch.empty(PAIRS, n, requires_grad=True) for n in (768, 1024))
-        parts = {
-            "log-mel": lambda: model.audio.mel(torch.empty(segments, 320_000)),
-            "PaSST": lambda: model.audio.passt(torch.empty(segments, 1, 128, 1000))[1],
-            "RoBERTa": lambda: model.text(torch.zeros(PAIRS, tokens, dtype=torch.int64)),
-            "rest": lambda: loss_of(model.audio_projection(means), model.text_projection(words)),
-        }
-        for name, part in parts.items():
-            with FlopCounterMode(display=False) as counter:
-                out = part().sum()
-                if out.requires_grad:  # nothing in log-mel is learnt
-                    out.backward()
-            found[name] = counter.get_total_flops()
-    return found
+# --- What a GPU reaches ---
+
+def measure_gpu(ours: DualEncoder, rounds: int, workers: int) -> None:
+    """Print what the report's batch of 64 pairs reaches in bf16 on this card."""
+    ours.precision = torch.bfloat16
+    ours.train()
+    clips = random_clips(mixed_durations(GPU_PAIRS))
+    batch = batch_of(clips, torch.full((GPU_PAIRS, TOKENS), 5))
+    optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
+
+    def step() -> None:
+        audio, text = ours.encode_pairs(batch)
+        loss_of(audio, text).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    seconds_of(step, rounds=3)  # kernels are chosen and memory is reserved
+    step_seconds = seconds_of(step, rounds)
+    tflop = sum(flop_of_a_step(len(batch.segments), TOKENS, GPU_PAIRS).values()) / 1e12
+    reached = tflop / step_seconds
+    matrix_tflops = measure_matrix_product(ours.device)
+    print(f"  a step: {step_seconds:.3f} s, {tflop:.1f} TFLOP, {reached:.0f} TFLOP/s, "
+          f"{reached / matrix_tflops:.0%} of a bf16 matrix product's {matrix_tflops:.0f}")
+
+    ours.eval()
+    captions = random_captions(CAPTIONS_PER_CLIP * len(clips))
+    ours.embed_audio(clips[:8])
+    ours.embed_text(captions[:64])
+    audio_seconds = seconds_of(partial(ours.embed_audio, clips), rounds)
+    text_seconds = seconds_of(partial(ours.embed_text, captions), rounds)
+    print(f"  embedding: {len(clips) / audio_seconds:.0f} clips a second (half of 10 s, half of 15 "
+          f"to 30 s), {len(captions) / text_seconds:.0f} captions a second")
+
+    loading_seconds = measure_loading(ours, workers)
+    print(f"  loading a batch from the cache with {workers} workers: {loading_seconds:.3f} s, "
+          f"computing it {step_seconds:.3f} s", flush=True)
 
 
-def print_cost(tflops: float) -> None:
-    for data, (steps, per_pair, hours) in DATA.items():
-        for name, *sizes in ("ours", round(PAIRS * per_pair), 24), ("padded", 3 * PAIRS, 32):
-            flop = {part: found / 1e12 for part, found in flop_of_a_step(*sizes).items()}
-            run = steps * EPOCHS * sum(flop.values()) / 1e3
-            parts = ", ".join(f"{part} {value:.3f}" for part, value in flop.items())
-            print(f"{data}, {name}: {sizes[0]} segments a step, {sum(flop.values()):.1f} TFLOP "
-                  f"({parts}); all {run:.0f} PFLOP, {run / tflops / 3.6:.1f} h", flush=True)
-        print(f"{data}, the official baseline on an A40, as published: {hours:.2f} h, or "
-              f"{run / hours / 3.6:.0f} TFLOP/s of the padded recipe's")
+def measure_matrix_product(device: torch.device) -> float:
+    """Return the TFLOP/s of a large bf16 matrix product."""
+    a = torch.randn(MATRIX, MATRIX, device=device, dtype=torch.bfloat16)
+    b = torch.randn(MATRIX, MATRIX, device=device, dtype=torch.bfloat16)
+    seconds_of(lambda: a @ b, rounds=5)
+    return 2 * MATRIX**3 / 1e12 / seconds_of(lambda: a @ b, rounds=20)
 
 
-def main():
-    args = options(__doc__, pairs=16, clips=12, rounds=3, device="auto", tflops=0.0)
-    if args.tflops:
-        return print_cost(args.tflops)
+def measure_loading(model: DualEncoder, workers: int, steps: int = 20) -> float:
+    """Return the seconds between batches of 64 pairs that data workers read from the cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_noise(Path(folder), clips=2 * GPU_PAIRS)
+        split = read_split(folder, "all", Path(folder))
+        decode_splits([split], Path(folder, "cache"))
+        batches = PairBatches([split], model.tokenizer, GPU_PAIRS)
+        loader = iter(DataLoader(
+            batches, batch_size=None, sampler=range(5 + steps), num_workers=workers, pin_memory=True
+        ))
+        for _ in range(5):  # the workers have started, and what they prepare ahead is used up
+            next(loader)
+        return seconds_of(partial(next, loader), steps)
+
+
+def write_noise(folder: Path, clips: int) -> None:
+    """Write a folder of sounds of 15 to 30 s with a captions.csv."""
+    lines = ["file_name,caption"]
+    waveforms = random_clips(np.linspace(15, 30, clips).tolist())
+    for i, (waveform, caption) in enumerate(zip(waveforms, random_captions(clips), strict=True)):
+        with wave.open(str(folder / f"{i}.wav"), "wb") as file:
+            file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))
+            file.writeframes(waveform.tobytes())
+        lines.append(f"{i}.wav,{caption}")
+    (folder / "captions.csv").write_text("\n".join(lines))
+
+
+def main() -> None:
+    args = options(__doc__, pairs=16, clips=12, rounds=3, device="auto", workers=2)
     ours = DualEncoder.create("report", "random", random_captions(500))
-    plain, half = PlainRecipe(ours.to(choose_device(args.device))), args.pairs // 2
+    ours.to(choose_device(args.device))
     print(machine(ours.device))
-    mixed = [10.0] * half + torch.linspace(15, 30, args.pairs - half).tolist()
-    for label, durations_s in ("mixed", mixed), ("all 10 s", [10.0] * args.pairs):
-        print(f"a step, {args.pairs} pairs, {label}")
-        compare(args.rounds, step_of(durations_s, ours, plain))
-    print(f"embedding, {args.clips} clips")
+    if ours.device.type == "cuda":
+        print(f"{GPU_PAIRS} pairs, half of 10 s and half of 15 to 30 s, bf16")
+        measure_gpu(ours, args.rounds, args.workers)
+
+    plain = PlainRecipe(ours)
+    print(f"a step, {args.pairs} pairs, half of 10 s and half of 15 to 30 s")
+    compare_steps(mixed_durations(args.pairs), ours, plain, args.rounds)
+    print(f"a step, {args.pairs} pairs, all of 10 s")
+    compare_steps([10.0] * args.pairs, ours, plain, args.rounds)
+    print(f"embedding, {args.clips} clips and {CAPTIONS_PER_CLIP * args.clips} captions")
     compare_embedding(args.clips, ours, plain, args.rounds)
 
 
