@@ -1,18 +1,20 @@
-"""Checkpoints -> embeddings -> Table 1 with confidence intervals (report, section 6).
+"""Evaluate checkpoints: embeddings -> Table 1 with confidence intervals (report, section 6).
 
     python evaluate.py --split test                               # the newest run's best.pt
-    python evaluate.py --split test --checkpoint A.pt B.pt C.pt   # a row each
-    python evaluate.py --split test --ensemble A.pt B.pt          # one row of both
-    python evaluate.py --split test --html page.html              # to look at and listen to
+    python evaluate.py --split test --checkpoint A.pt B.pt C.pt   # a row for each
+    python evaluate.py --split test --ensemble A.pt B.pt          # one row for both together
+    python evaluate.py --split test --html page.html              # a page to look at and listen to
     python evaluate.py --dataset my_sounds/ --split val           # what was held out of a folder
-    python evaluate.py --submission out.csv --queries queries.csv --audio FOLDER
+
+N clips, Q captions, each of them a query, D embedding values. Figures are fractions from 0 to 1;
+the table shows them in percent.
 """
 
 import ast
-import csv
+import datetime
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,284 +23,573 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dualenc.checkpoints import newest_checkpoint, read_checkpoint
-from dualenc.data import Split, decode_splits, read_csv, read_split, split_of_sounds, was_seen
+from dualenc.checkpoints import checkpoint_file, newest_checkpoint, read_checkpoint
+from dualenc.data import Split, decode_splits, read_csv, read_split, was_seen
 from dualenc.errors import InputError, Parser, replacing, run_command
-from dualenc.metrics import METRICS, bootstrap, interval, query_metrics, ranks
+from dualenc.metrics import METRICS, RESAMPLES, bootstrap, interval, query_metrics, ranks
 from dualenc.model import PRECISIONS, DualEncoder, choose_device, choose_precision
 from dualenc.page import Evaluation, write_evaluation
 
-CAPTIONS, NEW = "captions", "new annotations"  # what says which clips are relevant to a query
-COLUMNS = {  # of the table: (what says so, metric)
-    "new mAP@16": (NEW, "mAP@16"), "new mAP@10": (NEW, "mAP@10"), "mAP@10": (CAPTIONS, "mAP@10"),
-    "R@1": (CAPTIONS, "R@1"), "R@5": (CAPTIONS, "R@5"), "R@10": (CAPTIONS, "R@10"),
-}
+# Two sources tell which clips are relevant to a query: the captions themselves, each of which
+# belongs to one clip, and the new annotations, which name several clips. "new" marks the latter.
+COLUMNS = ("new mAP@16", "new mAP@10", "mAP@10", "R@1", "R@5", "R@10")
 TITLES = {"clotho": "Clotho", "audiocaps": "AudioCaps", "wavcaps": "WavCaps"}
-SURE_CLIPS = 100  # from which on 94 % of the intervals hold the truth; with 10 clips 82 % do
-REPORT = {  # Table 1, in percent; row 3's first figure is the baseline's mAP@16, row 1's its mAP@10
-    "Clotho, contrastive": ("-", 31.95, 27.57, 16.95, 42.73, 58.04),
-    "Clotho, distilled": ("-", 32.54, 28.20, 16.44, 43.89, 58.89),
-    "Clotho + AudioCaps, contrastive": (35.21, "-", 30.97, 19.56, 46.45, 59.48),
-    "Clotho + AudioCaps, distilled": ("-", 37.21, 32.75, 19.80, 47.45, 60.48),
+
+# Below 100 clips the interval is marked: it covers the true value in 82 % of cases at 10 clips, and
+# in 94 % at 100.
+CLIPS_FOR_AN_INTERVAL = 100
+
+# The report's Table 1, in percent, in the order of COLUMNS. It is shown beside results on the split
+# that it was measured on: Clotho v2.1's evaluation split with all its clips.
+REPORTED_SPLIT = "clotho/evaluation"
+REPORTED_CLIPS = 1045
+REPORTED_ROWS = {
+    "Clotho, contrastive": (None, 31.95, 27.57, 16.95, 42.73, 58.04),
+    "Clotho, distilled": (None, 32.54, 28.20, 16.44, 43.89, 58.89),
+    "Clotho + AudioCaps, contrastive": (35.21, None, 30.97, 19.56, 46.45, 59.48),
+    "Clotho + AudioCaps, distilled": (None, 37.21, 32.75, 19.80, 47.45, 60.48),
 }
+REPORTED_NOTE = (
+    "report: the first column of its Table 1 mixes two metrics. 31.95 (row 1) is the official "
+    "baseline's mAP@10, 35.21 (row 3) its mAP@16. 32.54 and 37.21 stand where its heading puts "
+    "them, under mAP@10."
+)
 
 
 def parse_arguments():
     parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--split", choices=("test", "val", "train", "all"), default="test", help="all: of a folder")
-    add("--dataset", default="clotho", help="clotho, audiocaps, or a folder with a captions.csv")
-    add("--checkpoint", type=Path, nargs="+", default=[], help="a row each (default: the newest)")
-    add("--ensemble", type=Path, nargs="+", help="a row for all of them, by their mean similarity")
-    add("--annotations", type=Path, help="the new ones (default DATA_DIR/metadata_eval.csv)")
-    add("--allow-seen", action="store_true", help="evaluate on what was trained on, and mark it")
-    add("--json", type=Path, help="a file to write the figures to, too, as fractions")
-    add("--html", type=Path, help="a file to write a page to, to look at and listen to")
-    add("--submission", type=Path, help="a csv to write similarities to, as DCASE 2025 asks")
-    add("--queries", type=Path, help="of the submission: a csv with a column caption")
-    add("--audio", type=Path, help="of the submission: a folder of the clips to rank")
-    add("--data-dir", type=Path, default=Path("data"), help="where data sets lie (default data)")
-    add("--cache-dir", type=Path, help="of decoded sounds (default DATA_DIR/cache)")
-    add("--tokenizer", help="a name or folder, in place of a checkpoint's own")
-    add("--device", default="auto", help="cpu, cuda, cuda:N (default: cuda where there is one)")
-    add("--precision", choices=("auto", *PRECISIONS), default="auto", help="of the towers")
+
+    models = parser.add_argument_group("models")
+    models.add_argument(
+        "--checkpoint", nargs="+", default=[], metavar="CHECKPOINT",
+        help="checkpoints, run folders, or names of published ones (salsa, baseline), a row of the "
+        "table for each (default: the newest runs/**/best.pt)",
+    )
+    models.add_argument(
+        "--ensemble", nargs="+", default=[], metavar="CHECKPOINT",
+        help="checkpoints that are ranked by together, by the mean of their similarities: one row",
+    )
+    models.add_argument(
+        "--tokenizer", help="tokenizer, a name or folder, for checkpoints that hold none"
+    )
+    models.add_argument(
+        "--device", default="auto", help="cpu, cuda or cuda:N (default: cuda where there is one)"
+    )
+    models.add_argument(
+        "--precision", choices=("auto", *PRECISIONS), default="auto",
+        help="autocast type of both encoders (default: bf16 or fp16 on a GPU, fp32 on a CPU)",
+    )
+
+    sounds = parser.add_argument_group("data")
+    sounds.add_argument(
+        "--dataset", default="clotho",
+        help="clotho, audiocaps, or a folder with a captions.csv (default clotho)",
+    )
+    sounds.add_argument(
+        "--split", choices=("test", "val", "train", "all"), default="test",
+        help="part of the data set; a folder has val (held out), train, and all (default test)",
+    )
+    sounds.add_argument(
+        "--annotations", metavar="FILE",
+        help="csv of the new annotations, or none to evaluate without them (default: "
+        "DATA_DIR/metadata_eval.csv for Clotho's test split)",
+    )
+    sounds.add_argument(
+        "--allow-seen", action="store_true",
+        help="evaluate even on clips that a model was trained on, and mark its row",
+    )
+    sounds.add_argument(
+        "--data-dir", type=Path, default=Path("data"),
+        help="folder in which the data sets lie (default data)",
+    )
+    sounds.add_argument(
+        "--cache-dir", type=Path, help="folder for decoded sounds (default DATA_DIR/cache)"
+    )
+
+    files = parser.add_argument_group("files to write")
+    files.add_argument("--json", type=Path, metavar="FILE", help="all figures, as fractions")
+    files.add_argument(
+        "--html", type=Path, metavar="FILE",
+        help="a page of one model or ensemble, to look at and listen to",
+    )
+
     args = parser.parse_args()
-    if not (args.checkpoint or args.ensemble):
-        args.checkpoint = [newest_checkpoint()]
-    if len(args.checkpoint) + bool(args.ensemble) > 1 and (args.html or args.submission):
-        parser.error("--html and --submission take one --checkpoint, or one --ensemble")
-    if bool(args.queries) != bool(args.audio) or args.audio and (args.html or not args.submission):
-        parser.error("--queries, --audio and --submission go together, without --html")
-    for path in filter(None, (args.json, args.html, args.submission)):
-        if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+    if not args.checkpoint and not args.ensemble:
+        args.checkpoint = [str(newest_checkpoint())]
+    if args.html and len(args.checkpoint) + bool(args.ensemble) > 1:
+        parser.error("--html takes one --checkpoint, or one --ensemble")
+    for path in (args.json, args.html):
+        if path and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
             raise InputError(f"{path}: cannot be written; name a file in a folder that is there")
     return args
 
 
-def main() -> int:
+def main() -> None:
     args = parse_arguments()
     device = choose_device(args.device)
+    precision = choose_precision(args.precision, device)
 
-    # --- What is ranked, and by which models ---
-    if args.audio:
-        split = split_of_sounds(args.audio)
-        queries = [row["caption"] for row in read_csv(args.queries, ["caption"])]
-    else:
-        split = read_split(args.dataset, args.split, args.data_dir)
-        queries = split.captions
-    new = args.annotations or args.data_dir / "metadata_eval.csv"
-    wanted = args.annotations or (split.name == "clotho/evaluation" and new.exists())
-    annotations = read_annotations(new, split) if wanted and not args.audio else {}
-    models = [[path] for path in args.checkpoint] + [args.ensemble] * bool(args.ensemble)
-    seen = [refuse_seen(paths, split, args.allow_seen) for paths in models]
+    # --- The split, and which clips are relevant to its captions ---
+    split = read_split(args.dataset, args.split, args.data_dir)
+    annotations_csv = choose_annotations(args.annotations, split, args.data_dir)
+    annotations = {}
+    if annotations_csv:
+        annotations = read_annotations(annotations_csv, split)
 
-    # --- Embed it with each model ---
+    # --- The models: none may have been trained on the split ---
+    members_of_rows = [[name] for name in args.checkpoint]
+    if args.ensemble:
+        members_of_rows.append(args.ensemble)
+    models = {}
+    for name in [*args.checkpoint, *args.ensemble]:
+        models[name] = describe_model(name, split)
+        if models[name].seen and not args.allow_seen:
+            raise InputError(
+                f"{name}: was trained on {split.name}, on which figures flatter; take another "
+                "--split or --dataset, or --allow-seen, which marks them"
+            )
+
+    # --- Embed the split with each model ---
     decode_splits([split], args.cache_dir or args.data_dir / "cache")
     print(f"evaluate on {split}")
-    rows = []
-    for paths, any_seen in zip(models, seen, strict=True):
-        members, labels = [], []
-        for path in paths:
-            model = DualEncoder.load(path, device, args.tokenizer)
-            model.precision = choose_precision(args.precision, device)
-            bar = tqdm(split.waveforms, f"{path} embeds", unit="clip", leave=False, disable=None)
-            members.append((model.embed_audio(bar), model.embed_text(queries)))
-            labels.append(label_of(model))
-        label = " and ".join(dict.fromkeys(labels)) + ", ensemble" * (len(paths) > 1)
-        name, (audio, text) = " + ".join(map(str, paths)), joined(members)
-        figures = {} if args.audio else measure(audio, text, split, annotations)
-        rows.append(Row(name, label, any_seen, audio, text, figures))
-        print(f"checkpoint  {name}: {label}")
+    embeddings = {}
+    for name, model in models.items():
+        encoder = DualEncoder.load(model.file, device, args.tokenizer)
+        encoder.precision = precision
+        progress = tqdm(split.waveforms, f"{name} embeds", unit="clip", leave=False, disable=None)
+        audio = encoder.embed_audio(progress)  # (N, D)
+        text = encoder.embed_text(split.captions)  # (Q, D)
+        embeddings[name] = (audio, text)
+        print(f"checkpoint  {name}: {model.label}")
 
-    # --- Table 1, and the files ---
-    if not args.audio:
-        lines = table(rows, split)
-        about = "In percent, with 95 % confidence intervals from a bootstrap over clips."
-        if annotations:
-            about += (f"\nnew: by the new annotations, {len(annotations):,} queries of several "
-                      "clips; R@k by them (--json): any relevant clip within k.")
-        print(f"\n{as_text(list(COLUMNS), lines)}\n\n{about}")
+    # --- Rank, and measure: a row for each model or ensemble ---
+    rows = []
+    for names in members_of_rows:
+        members = [models[name] for name in names]
+        audio, text = join_embeddings([embeddings[name] for name in names])
+        estimates = estimate_metrics(audio, text, split, annotations)
+        rows.append(Row(members, audio, text, estimates))
+
+    # --- Table 1 ---
+    lines = table_lines(rows, split)
+    notes = table_notes(split, annotations, annotations_csv)
+    print(f"\n{as_text(COLUMNS, lines)}\n")
+    print("\n".join(notes))
+
+    # --- The files ---
+    about = {
+        "split": split.name,
+        "captions": str(split.source),
+        "clips": len(split.clips),
+        "clips not on disk": len(split.missing),
+        "queries": len(split.captions),
+        "annotations": str(annotations_csv) if annotations_csv else None,
+        "annotated queries": len(annotations),
+        "resamples": RESAMPLES,
+        "device": str(device),
+        "precision": "fp32" if precision is None else str(precision).removeprefix("torch."),
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
     if args.json:
         with replacing(args.json) as temporary:
-            temporary.write_text(json.dumps(as_json(rows), indent=1) + "\n")
-    if args.submission:
-        write_submission(args.submission, queries, split, rows[0])
+            temporary.write_text(json.dumps(as_json(about, rows), indent=1) + "\n")
+        print(f"figures  {args.json}")
     if args.html:
-        runs = [path if path.is_dir() else path.parent for path in models[0]]
-        write_evaluation(args.html, Evaluation(
-            title=f"{rows[0].label} on {split.name}", about=f"{split}\n{about}",
-            columns=list(COLUMNS), lines=lines, run_folders=runs,
-            clip_names=[clip.name for clip in split.clips],
-            clip_paths=[clip.path for clip in split.clips],
-            captions=split.captions, clip_of_caption=split.clip_of_caption,
-            text=rows[0].text, audio=rows[0].audio, annotations=annotations,
-        ))
-    return 0
+        (row,) = rows
+        write_evaluation(args.html, page_of(row, about, lines, notes, split, annotations))
+        print(f"page  {args.html}")
 
 
-# --- What may be evaluated on, and what is relevant ---
+# --- What is relevant: the new annotations ---
 
-def refuse_seen(paths: Sequence[Path], split: Split, allowed: bool) -> bool:
-    """Whether a model has seen the split in training; unless that is allowed, an InputError."""
-    seen = [path for path in paths if was_seen(split, read_checkpoint(path)["trained_on"])]
-    if seen and not allowed:
-        raise InputError(f"{seen[0]}: was trained on {split.name}, on which figures flatter; take "
-                         "another --split or --dataset, or --allow-seen, which marks them")
-    return bool(seen)
+
+def choose_annotations(option: str | None, split: Split, data_dir: Path) -> Path | None:
+    """Return the csv of the new annotations, or None where the split is evaluated without them.
+
+    Raises InputError where --annotations names a file that is not there.
+    """
+    if option == "none":
+        return None
+    if option is not None:
+        if not Path(option).is_file():
+            raise InputError(f"--annotations {option}: no such file; name the csv, or none")
+        return Path(option)
+    if split.name != "clotho/evaluation":
+        return None
+    path = data_dir / "metadata_eval.csv"
+    if not path.is_file():
+        print(f"{path}: not there, so the columns of the new annotations stay empty")
+        return None
+    return path
 
 
 def read_annotations(path: Path, split: Split) -> dict[int, list[int]]:
-    """The new annotations, {caption: its relevant clips}, without clips that are not on disk.
+    """Read the new annotations: {row of a caption: its relevant clips, ascending}.
 
-    Queries match captions byte for byte; what is not the split's, or no list, is an InputError.
+    Queries match captions byte for byte. Clips that are not on disk are left out.
+
+    Raises InputError where a row names a clip or a caption that is not the split's.
     """
-    row_of = {caption: row for row, caption in reversed(list(enumerate(split.captions)))}
-    clip_of = {clip.name: i for i, clip in enumerate(split.clips)}
-    found, faults = {}, []
-    for row in read_csv(path, ["query", "audio_filenames"]):
-        query, text = row["query"], row["audio_filenames"]
-        try:
-            names = list(ast.literal_eval(text))
-        except (ValueError, SyntaxError, TypeError):
-            names = [text]
-        unknown = [n for n in names if n not in clip_of and n not in split.missing]
-        if unknown or (query not in row_of and not split.missing):
-            what = f"{unknown[0]!r} is no clip" if unknown else "it is no caption"
-            faults.append(f"query {query!r}: {what} of {split.name}")
-        elif query in row_of and (clips := {clip_of[name] for name in names if name in clip_of}):
-            found[row_of[query]] = sorted(clips)
+    row_of_caption: dict[str, int] = {}
+    for row, caption in enumerate(split.captions):
+        row_of_caption.setdefault(caption, row)  # Of equal captions the first is the query.
+    row_of_clip = {clip.name: row for row, clip in enumerate(split.clips)}
+
+    annotations = {}
+    faults = []
+    for line in read_csv(path, ["query", "audio_filenames"]):
+        query = line["query"]
+        names = parse_names(line["audio_filenames"])
+        unknown = [name for name in names if name not in row_of_clip and name not in split.missing]
+        if unknown:
+            faults.append(f"query {query!r}: {unknown[0]!r} is no clip of {split.name}")
+            continue
+        if query not in row_of_caption:
+            # Captions of clips that are not on disk are unknown: the query may be one of them.
+            if not split.missing:
+                faults.append(f"query {query!r}: it is no caption of {split.name}")
+            continue
+        clips = {row_of_clip[name] for name in names if name in row_of_clip}
+        if clips:  # There are none where all relevant clips are not on disk.
+            annotations[row_of_caption[query]] = sorted(clips)
     if faults:
         raise InputError.of(str(path), faults)
-    return found
+    return annotations
 
 
-# --- Figures: {what says so: {metric: (1001,), the mean and its means in resamples}} ---
+def parse_names(text: str) -> list[str]:
+    """Read the list of file names in an annotation, or the one name that stands there."""
+    try:
+        return list(ast.literal_eval(text))
+    except (ValueError, SyntaxError, TypeError):
+        return [text]
+
+
+# --- The models ---
+
+
+class Model(NamedTuple):
+    """What is known of a model before it is loaded."""
+
+    name: str  # as given: a path, or the name of a published checkpoint
+    file: Path
+    stage: str
+    trained_on: list[str]
+    seen: bool  # the split, or a part of it, in training
+
+    @property
+    def label(self) -> str:
+        return label_of(self.stage, self.trained_on)
+
+
+def describe_model(name: str, split: Split) -> Model:
+    file = checkpoint_file(name)
+    checkpoint = read_checkpoint(file)
+    trained_on = checkpoint["trained_on"]
+    return Model(name, file, checkpoint["stage"], trained_on, was_seen(split, trained_on))
+
+
+def label_of(stage: str, trained_on: Sequence[str]) -> str:
+    """Say what a model is in Table 1's words: "Clotho + AudioCaps, distilled"."""
+    datasets = {split.partition("/")[0] for split in trained_on}
+    known = [title for dataset, title in TITLES.items() if dataset in datasets]
+    folders = [dataset.partition("@")[0] for dataset in datasets if dataset not in TITLES]
+    return f"{' + '.join(known + sorted(folders))}, {stage}"
+
+
+def join_embeddings(members: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return the audio (N, D) and text (Q, D) embeddings of an ensemble, of unit norm.
+
+    `members` are its models' embeddings, whose widths may differ. Joined side by side, their
+    product is the sum of the members' similarities: scaled to unit norm, it is the mean.
+    """
+    audio = torch.cat([audio for audio, _ in members], dim=1)
+    text = torch.cat([text for _, text in members], dim=1)
+    scale = len(members) ** 0.5
+    return audio / scale, text / scale
+
+
+# --- Figures ---
+
+
+class Estimate(NamedTuple):
+    """One metric on the split, and on resamples of its clips (bootstrap)."""
+
+    value: float
+    resamples: np.ndarray  # (1000,)
+
+    def lead_over(self, other: "Estimate") -> "Estimate":
+        """Subtract pairwise: both have been resampled with the same clips."""
+        return Estimate(self.value - other.value, self.resamples - other.resamples)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return interval(self.resamples)
+
+
+def estimate_metrics(
+    audio: Tensor, text: Tensor, split: Split, annotations: dict[int, list[int]]
+) -> dict[str, Estimate]:
+    """Estimate every metric by the captions, and those called "new ..." by the new annotations."""
+    clip_of_caption = np.array(split.clip_of_caption)
+    relevant = clip_of_caption[:, None].tolist()  # one clip for each caption
+    estimates = estimate_by(relevant, clip_of_caption, audio, text)
+    if annotations:
+        queries = list(annotations)
+        relevant = list(annotations.values())
+        annotated = estimate_by(relevant, clip_of_caption[queries], audio, text[queries])
+        for metric, estimate in annotated.items():
+            estimates[f"new {metric}"] = estimate
+    return estimates
+
+
+def estimate_by(
+    relevant: Sequence[Sequence[int]], clip_of_query: np.ndarray, audio: Tensor, text: Tensor
+) -> dict[str, Estimate]:
+    """Estimate every metric of queries (Q, D), of which each has its relevant clips."""
+    values = query_metrics(ranks(text, audio, relevant))
+    resamples = bootstrap(values, clip_of_query)
+    estimates = {}
+    for metric in METRICS:
+        estimates[metric] = Estimate(values[metric].mean().item(), resamples[metric])
+    return estimates
+
 
 class Row(NamedTuple):
-    """One model, or an ensemble, on a split: audio (N, D) and text (Q, D) embeddings, figures."""
+    """A model, or an ensemble of several, on the split: a row of Table 1."""
 
-    name: str
+    members: list[Model]
+    audio: Tensor  # (N, D)
+    text: Tensor  # (Q, D)
+    estimates: dict[str, Estimate]
+
+    @property
+    def name(self) -> str:
+        return " + ".join(model.name for model in self.members)
+
+    @property
+    def label(self) -> str:
+        labels = dict.fromkeys(model.label for model in self.members)  # each once, in order
+        text = " and ".join(labels)
+        if len(self.members) > 1:
+            text += ", ensemble"
+        return text
+
+    @property
+    def seen(self) -> bool:
+        return any(model.seen for model in self.members)
+
+    @property
+    def values(self) -> dict[str, float]:
+        return {name: estimate.value for name, estimate in self.estimates.items()}
+
+    def leads_over(self, other: "Row") -> dict[str, Estimate]:
+        leads = {}
+        for name, estimate in self.estimates.items():
+            leads[name] = estimate.lead_over(other.estimates[name])
+        return leads
+
+
+class Group(NamedTuple):
+    """Several rows of one label, such as runs that differ in their seeds."""
+
     label: str
-    seen: bool
-    audio: Tensor
-    text: Tensor
-    figures: dict[str, dict[str, np.ndarray]]
+    names: list[str]
+    means: dict[str, float]
+    deviations: dict[str, float]  # of the sample: divided by the number of rows minus 1
 
 
-def label_of(model: DualEncoder) -> str:
-    """What a model is, in Table 1's words: "Clotho + AudioCaps, distilled"."""
-    names = {name.partition("/")[0] for name in model.trained_on}
-    others = sorted(name.partition("@")[0] for name in names - TITLES.keys())
-    known = [title for name, title in TITLES.items() if name in names]
-    return f"{' + '.join(known + others)}, {model.stage}"
-
-
-def joined(members: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """(audio, text) of each member of an ensemble -> of the whole, of unit norm again.
-
-    Their product is the mean of the members' similarities. Widths may differ.
-    """
-    audio, text = (torch.cat(side, dim=1) for side in zip(*members, strict=True))
-    return audio / len(members) ** 0.5, text / len(members) ** 0.5
-
-
-def measure(audio: Tensor, text: Tensor, split: Split, annotations: dict) -> dict:
-    """The figures of one model; the resamples of the clips are the same for every model."""
-    own = {i: [clip] for i, clip in enumerate(split.clip_of_caption)}
-    figures = {}
-    for kind, relevant in {CAPTIONS: own, NEW: annotations}.items():
-        if relevant:
-            queries = list(relevant)
-            values = query_metrics(ranks(text[queries], audio, list(relevant.values())))
-            draws = bootstrap(values, np.array(split.clip_of_caption)[queries])
-            figures[kind] = {m: np.append(values[m].mean(), draws[m]) for m in METRICS}
-    return figures
-
-
-def each(function: Callable, *figures: dict) -> dict:
-    """{what says so: {metric: function of its values}}, of one model's figures or of several."""
-    return {k: {m: function(*(f[k][m] for f in figures)) for m in METRICS} for k in figures[0]}
-
-
-def summary(figures: dict) -> dict[str, dict]:
-    means, intervals = (lambda values: float(values[0])), (lambda values: interval(values[1:]))
-    return {"results": each(means, figures), "intervals": each(intervals, figures)}
-
-
-def spreads(rows: Sequence[Row]) -> dict[str, tuple[int, dict, dict]]:
-    """Of each label that has several rows: (how many, means, standard deviations)."""
-    found = {}
-    for label in dict.fromkeys(row.label for row in rows):
-        own = [row.figures for row in rows if row.label == label]
-        if len(own) > 1:
-            means = each(lambda *v: float(np.mean([x[0] for x in v])), *own)
-            deviations = each(lambda *v: float(np.std([x[0] for x in v], ddof=1)), *own)
-            found[label] = len(own), means, deviations
-    return found
-
-
-# --- As text, JSON and csv ---
-
-def table(rows: Sequence[Row], split: Split) -> list[tuple[str, list[str]]]:
-    """(label, cells in the order of COLUMNS): the rows, their spreads, the report's Table 1."""
-    several, lines = spreads(rows), []
-    interval_of = "95 % interval" + " (too short)" * (len(split.clips) < SURE_CLIPS)
+def group_rows(rows: Sequence[Row]) -> list[Group]:
+    """Average rows that have one label."""
+    rows_of_label: dict[str, list[Row]] = {}
     for row in rows:
-        label = row.label + f": {row.name}" * (row.label in several) + " (seen)" * row.seen
-        results, intervals = map(cells, summary(row.figures).values())
-        lines += [(label, results), (f"  {interval_of}", intervals)]
+        rows_of_label.setdefault(row.label, []).append(row)
+    groups = []
+    for label_of_rows, members in rows_of_label.items():
+        if len(members) == 1:
+            continue
+        means = {}
+        deviations = {}
+        for name in members[0].values:
+            values = [row.values[name] for row in members]
+            means[name] = float(np.mean(values))
+            deviations[name] = float(np.std(values, ddof=1))
+        groups.append(Group(label_of_rows, [row.name for row in members], means, deviations))
+    return groups
+
+
+# --- Table 1: as text, on the page, as JSON ---
+
+
+def table_lines(rows: Sequence[Row], split: Split) -> list[tuple[str, list[str]]]:
+    """Return (label, cells in the order of COLUMNS) for each line; below a row it is indented."""
+    interval_label = "95 % interval"
+    if len(split.clips) < CLIPS_FOR_AN_INTERVAL:
+        interval_label += " (too short)"
+    groups = group_rows(rows)
+    averaged = [group.label for group in groups]
+
+    lines = []
+    for row in rows:
+        row_label = row.label
+        if row.label in averaged:
+            row_label += f": {row.name}"
+        if row.seen:
+            row_label += " (seen)"
+        lines.append((row_label, cells(row.values)))
+        lines.append((f"  {interval_label}", interval_cells(row.estimates)))
         if row is not rows[0]:
-            lead = summary(each(np.subtract, row.figures, rows[0].figures)).values()
-            results, intervals = (cells(figures, "+") for figures in lead)
-            lines += [("  lead over the first", results), (f"    {interval_of}", intervals)]
-    for label, (count, means, deviations) in several.items():
-        lines.append((f"{label}: mean of {count}", cells(means)))
-        lines.append(("  standard deviation", cells(deviations)))
-    if split.name == "clotho/evaluation" and len(split.clips) == 1045:  # the real, whole one
-        lines += [(f"report: {label}", list(map(str, row))) for label, row in REPORT.items()]
+            leads = row.leads_over(rows[0])
+            lead_values = {name: lead.value for name, lead in leads.items()}
+            lines.append(("  lead over the first", cells(lead_values, sign="+")))
+            lines.append((f"    {interval_label}", interval_cells(leads, sign="+")))
+    for group in groups:
+        lines.append((f"{group.label}: mean of {len(group.names)}", cells(group.means)))
+        lines.append(("  standard deviation", cells(group.deviations)))
+        for name in group.names:
+            lines.append((f"  averaged: {name}", [""] * len(COLUMNS)))
+    if is_reported(split):
+        for row_label, percents in REPORTED_ROWS.items():
+            reported = ["-" if percent is None else f"{percent:.2f}" for percent in percents]
+            lines.append((f"report: {row_label}", reported))
     return lines
 
 
+def is_reported(split: Split) -> bool:
+    """Whether the split is the one that the report's Table 1 was measured on, and whole."""
+    return split.name == REPORTED_SPLIT and len(split.clips) == REPORTED_CLIPS
+
+
+def cells(values: dict[str, float], sign: str = "") -> list[str]:
+    """Write fractions in percent, column by column."""
+    texts = []
+    for column in COLUMNS:
+        if column in values:
+            texts.append(f"{100 * values[column]:{sign}.2f}")
+        else:
+            texts.append("-")
+    return texts
+
+
+def interval_cells(estimates: dict[str, Estimate], sign: str = "") -> list[str]:
+    """Write the intervals in percent, column by column."""
+    texts = []
+    for column in COLUMNS:
+        if column in estimates:
+            low, high = estimates[column].interval
+            texts.append(f"{100 * low:{sign}.2f}..{100 * high:{sign}.2f}")
+        else:
+            texts.append("-")
+    return texts
+
+
+def table_notes(split: Split, annotations: dict, annotations_csv: Path | None) -> list[str]:
+    """Return what a reader must know of the table, in lines."""
+    notes = [
+        "In percent, with 95 % confidence intervals from a bootstrap over clips "
+        f"({RESAMPLES:,} resamples)."
+    ]
+    if annotations_csv:
+        notes.append(
+            f"new: by the new annotations ({annotations_csv}), which name all clips that fit a "
+            f"query; queries: {len(annotations):,}. The file of --json holds R@k by them, too."
+        )
+    if is_reported(split):
+        notes.append(REPORTED_NOTE)
+    return notes
+
+
 def as_text(columns: Sequence[str], lines: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """A table for a terminal, of the same columns and lines as the page's."""
-    first = max(len(label) for label, _ in lines)
-    width = 2 + max(len(cell) for cells in [columns, *(row for _, row in lines)] for cell in cells)
-    rows = [(label, "".join(f"{cell:>{width}}" for cell in row)) for label, row in
-            [("", columns), *lines]]
-    return "\n".join(f"{label:{first}}{cells}" for label, cells in rows)
+    """Lay out a table for a terminal."""
+    lines = [("", columns), *lines]
+    label_width = max(len(row_label) for row_label, _ in lines)
+    cell_width = 0
+    for _, texts in lines:
+        cell_width = max(cell_width, *(len(text) for text in texts))
+    table = []
+    for row_label, texts in lines:
+        padded = [f"{text:>{cell_width + 2}}" for text in texts]
+        table.append(f"{row_label:{label_width}}{''.join(padded)}".rstrip())
+    return "\n".join(table)
 
 
-def cells(figures: dict[str, dict], sign: str = "") -> list[str]:
-    """Fractions, or intervals of two -> percent, column by column."""
-    found = [np.atleast_1d(figures.get(kind, {}).get(m, ())) for kind, m in COLUMNS.values()]
-    return ["..".join(f"{100 * value:{sign}.2f}" for value in values) or "-" for values in found]
+def page_of(
+    row: Row,
+    about: dict,
+    lines: Sequence[tuple[str, Sequence[str]]],
+    notes: Sequence[str],
+    split: Split,
+    annotations: dict[int, list[int]],
+) -> Evaluation:
+    """Gather what the page of one row shows."""
+    facts = []
+    for model in row.members:
+        facts.append(f"checkpoint: {model.name}, trained on {', '.join(model.trained_on)}")
+    for name, value in about.items():
+        facts.append(f"{name}: {'none' if value is None else value}")
+    return Evaluation(
+        title=f"{row.label} on {split.name}",
+        about="\n".join([*facts, "", *notes]),
+        columns=COLUMNS,
+        lines=lines,
+        run_folders=[model.file.parent for model in row.members],
+        clip_names=[clip.name for clip in split.clips],
+        clip_paths=[clip.path for clip in split.clips],
+        captions=split.captions,
+        clip_of_caption=split.clip_of_caption,
+        text=row.text,
+        audio=row.audio,
+        annotations=annotations,
+    )
 
 
-def as_json(rows: Sequence[Row]) -> dict:
-    """Fractions: every figure of every row, and of rows of one label together."""
-    return {
-        "rows": [
-            {"name": row.name, "label": row.label, "seen": row.seen, **summary(row.figures),
-             "lead": summary(each(np.subtract, row.figures, rows[0].figures))}
-            for row in rows
-        ],
-        "groups": [
-            {"label": label, "rows": count, "mean": means, "standard deviation": deviations}
-            for label, (count, means, deviations) in spreads(rows).items()
-        ],
-    }
+def as_json(about: dict, rows: Sequence[Row]) -> dict:
+    """Return every figure as a fraction: each row, and rows of one label together."""
+    written_rows = []
+    for row in rows:
+        leads = row.leads_over(rows[0])
+        checkpoints = []
+        for model in row.members:
+            checkpoints.append(
+                {"file": str(model.file), "stage": model.stage, "trained on": model.trained_on}
+            )
+        written_rows.append(
+            {
+                "name": row.name,
+                "label": row.label,
+                "seen": row.seen,
+                "checkpoints": checkpoints,
+                **figures_as_json(row.estimates),
+                "lead": figures_as_json(leads),
+            }
+        )
+    written_groups = []
+    for group in group_rows(rows):
+        written_groups.append(
+            {
+                "label": group.label,
+                "rows": len(group.names),
+                "names": group.names,
+                "mean": by_source(group.means),
+                "standard deviation": by_source(group.deviations),
+            }
+        )
+    return {"about": about, "rows": written_rows, "groups": written_groups}
 
 
-def write_submission(path: Path, queries: Sequence[str], split: Split, row: Row) -> None:
-    """DCASE 2025's csv: a row per query, a column per sound file, in each cell their similarity."""
-    asked = list(dict.fromkeys(queries))
-    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["index", *(clip.name for clip in split.clips)])
-        for query in asked:
-            values = (row.audio @ row.text[queries.index(query)]).tolist()
-            writer.writerow([query, *(f"{value:.9g}" for value in values)])
-    print(f"submission  {path}: {len(asked):,} queries, {len(split.clips):,} clips")
+def figures_as_json(estimates: dict[str, Estimate]) -> dict:
+    results = {name: estimate.value for name, estimate in estimates.items()}
+    intervals = {name: estimate.interval for name, estimate in estimates.items()}
+    return {"results": by_source(results), "intervals": by_source(intervals)}
+
+
+def by_source(figures: dict) -> dict[str, dict]:
+    """Tell the figures by captions from those by the new annotations."""
+    nested: dict[str, dict] = {}
+    for name, figure in figures.items():
+        source = "new annotations" if name.startswith("new ") else "captions"
+        nested.setdefault(source, {})[name.removeprefix("new ")] = figure
+    return nested
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Embeddings and relevance -> mAP@k and R@k (report, section 6 and Table 1).
 
-Q queries, N candidates, D embedding values, P (query, relevant candidate) pairs. Metrics are
-fractions from 0 to 1.
+Q queries, N candidates, D embedding values, P pairs of a query and a candidate that is relevant to
+it, R the most relevant candidates that any query has, C clips. Metrics are fractions from 0 to 1.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,88 +16,125 @@ from dualenc.errors import InputError
 
 MAP_CUTOFFS = (10, 16)
 RECALL_CUTOFFS = (1, 5, 10)
-METRICS = tuple(f"mAP@{k}" for k in MAP_CUTOFFS) + tuple(f"R@{k}" for k in RECALL_CUTOFFS)
-BLOCK_BYTES = 16 * 2**20  # of similarities at a time; the whole matrix is never held
+METRICS = ("mAP@10", "mAP@16", "R@1", "R@5", "R@10")
+BLOCK_BYTES = 16 * 2**20  # similarities in memory at a time
+RESAMPLES = 1000  # of the clips, in a bootstrap
+INTERVAL_PERCENTILES = (2.5, 97.5)  # the middle 95 %
 
 
 def retrieval_metrics(
     text: Tensor, audio: Tensor, relevant: Sequence[Sequence[int]]
 ) -> dict[str, float]:
-    """{"mAP@10", "mAP@16", "R@1", "R@5", "R@10"} of queries (Q, D) that rank candidates (N, D).
+    """Return {"mAP@10", "mAP@16", "R@1", "R@5", "R@10"}, each the mean over all queries.
 
-    `relevant` holds, for each query, the indices of all its relevant candidates, at least one.
+    Args:
+        text: the queries' embeddings (Q, D), of unit norm.
+        audio: the candidates' embeddings (N, D), of unit norm.
+        relevant: for each query the indices of all candidates that are relevant to it, at least
+            one.
+
+    Raises InputError as ranks() does.
     """
     values = query_metrics(ranks(text, audio, relevant))
     return {name: value.mean().item() for name, value in values.items()}
 
 
 def ranks(text: Tensor, audio: Tensor, relevant: Sequence[Sequence[int]]) -> list[Tensor]:
-    """For each query the ranks by cosine (from 1, ascending) of its relevant candidates.
+    """Rank all candidates (N, D) for each query (Q, D); return where the relevant ones stand.
 
-    Of equal cosines the lower index ranks first. As nothing is above NaN, it would always rank
-    first: an embedding that is not finite is an InputError, and so is a query for which nothing is
-    relevant, or the same twice.
+    The ranks of a query's relevant candidates count from 1 and ascend. Candidates are ranked by
+    cosine; of equal cosines the lower index ranks first.
+
+    Raises InputError where a query has no relevant candidate, or has one twice, and where an
+    embedding is not finite: no similarity is greater than NaN, so it would always rank first.
     """
-    if not all(0 < len(set(found)) == len(found) for found in relevant):
-        raise InputError("relevant: each query needs one candidate or more, and none twice")
-    text, audio = text.float(), audio.float()
+    for candidates in relevant:
+        if len(candidates) == 0 or len(set(candidates)) < len(candidates):
+            raise InputError("relevant: each query needs one candidate or more, and none twice")
+    text = text.float()
+    audio = audio.float()
     if not (text.isfinite().all() and audio.isfinite().all()):
         raise InputError("embeddings are not finite numbers: the model has diverged or is damaged")
-    counts = torch.tensor([len(found) for found in relevant])
-    query = torch.repeat_interleave(torch.arange(len(counts)), counts)  # (P,)
-    candidate = np.concatenate([*relevant, []]).astype(int)[:, None]  # (P, 1)
-    block = torch.empty(max(1, BLOCK_BYTES // (4 * len(audio))), len(audio))  # used again and again
-    rank = torch.empty_like(query)
-    for pairs in torch.arange(len(query)).split(len(block)):
-        similarity = torch.mm(text[query[pairs]], audio.T, out=block[: len(pairs)]).numpy()
-        its = candidate[pairs.numpy()]
-        own = np.take_along_axis(similarity, its, axis=1)
-        before = (similarity > own) | (similarity == own) & (np.arange(len(audio)) < its)
+
+    pairs_per_query = [len(candidates) for candidates in relevant]
+    query = torch.arange(len(relevant)).repeat_interleave(torch.tensor(pairs_per_query))  # (P,)
+    target = torch.tensor(list(itertools.chain.from_iterable(relevant)))  # (P,)
+    candidate = torch.arange(len(audio))  # (N,)
+    rank = torch.empty_like(query)  # (P,)
+
+    # The (P, N) matrix of all similarities is never held whole. Its blocks share their memory:
+    # new memory for each block would take 10 % more time.
+    pairs_per_block = max(1, BLOCK_BYTES // (4 * len(audio)))
+    block = torch.empty(pairs_per_block, len(audio))
+    for pairs in torch.arange(len(query)).split(pairs_per_block):
+        similarity = torch.mm(text[query[pairs]], audio.T, out=block[: len(pairs)])  # (pairs, N)
+        target_similarity = similarity.gather(1, target[pairs, None])  # (pairs, 1)
+        ranks_before = similarity > target_similarity
+        is_tie = similarity == target_similarity
+        ranks_before |= is_tie & (candidate < target[pairs, None])
         # NumPy counts true values several times faster than torch sums them.
-        rank[pairs] = torch.from_numpy(1 + np.count_nonzero(before, axis=1))
-    ascending = (query * (len(audio) + 1) + rank).argsort()  # query by query
-    return list(rank[ascending].split(counts.tolist()))
+        rank[pairs] = 1 + torch.from_numpy(np.count_nonzero(ranks_before.numpy(), axis=1))
+    return [ranks_of_query.sort().values for ranks_of_query in rank.split(pairs_per_query)]
 
 
 def query_metrics(ranks: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The metrics of each query by itself: {name: (Q,) float64}.
+    """Compute the metrics of each query by itself: {name: (Q,) float64}.
 
-    Average precision at k is the sum, over the relevant candidates ranked within k, of (their place
-    among the relevant) / rank, divided by the number of all relevant candidates, not by the smaller
-    of it and k. R@k is 1 where any relevant candidate ranks within k.
+    `ranks` holds, for each query, the ranks of all its relevant candidates, ascending from 1.
+
+    Average precision at k (AP@k) is the sum, over the relevant candidates that rank within k, of
+    (their place among the relevant) / rank, divided by the number of all relevant candidates, not
+    by the smaller of that number and k. Its mean over all queries is mAP@k. R@k is 1 where any
+    relevant candidate ranks within k.
+
+    An example: three candidates are relevant, and they rank 1st, 3rd and 12th.
+
+        AP@10 = (1/1 + 2/3) / 3        = 0.556
+        AP@16 = (1/1 + 2/3 + 3/12) / 3 = 0.639
+        R@1 = R@5 = R@10               = 1
     """
-    never = torch.iinfo(torch.int64).max
-    padded = pad_sequence(list(ranks), batch_first=True, padding_value=never)
-    counts = torch.tensor([len(found) for found in ranks], dtype=torch.float64)
-    precision = torch.arange(1, padded.shape[1] + 1, dtype=torch.float64) / padded
-    values = {f"mAP@{k}": (precision * (padded <= k)).sum(dim=1) / counts for k in MAP_CUTOFFS}
-    best = padded[:, 0]
-    return values | {f"R@{k}": (best <= k).double() for k in RECALL_CUTOFFS}
+    # Padding has a rank beyond every cutoff.
+    padding = torch.iinfo(torch.int64).max
+    rank = pad_sequence(list(ranks), batch_first=True, padding_value=padding)  # (Q, R)
+    place = torch.arange(1, rank.shape[1] + 1, dtype=torch.float64)  # (R,) among the relevant
+    precision = place / rank  # (Q, R)
+    relevant_count = torch.tensor([len(ranks_of_query) for ranks_of_query in ranks])  # (Q,)
+
+    values = {}
+    for k in MAP_CUTOFFS:
+        precision_within = torch.where(rank <= k, precision, 0.0)
+        values[f"mAP@{k}"] = precision_within.sum(dim=1) / relevant_count
+    best_rank = rank[:, 0]
+    for k in RECALL_CUTOFFS:
+        values[f"R@{k}"] = (best_rank <= k).double()
+    return values
 
 
 def bootstrap(
-    values: dict[str, Tensor], clip_of_query: Sequence[int], draws: int = 1000, seed: int = 0
+    values: dict[str, Tensor], clip_of_query: Sequence[int], draws: int = RESAMPLES, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Each metric's mean in resamples of the clips, drawn with replacement: {name: (draws,)}.
+    """Return each metric's means in resamples of the clips: {name: (draws,)}.
 
-    A clip's captions are drawn together, since they are not independent of each other. The same
-    clip_of_query (Q,) and seed draw the same clips: the difference of two models' results is the
+    `values` holds the metrics of each query, {name: (Q,)}. The clips of a resample are drawn with
+    replacement, each with all of its queries, since these are not independent of each other. The
+    same clip_of_query (Q,) and seed draw the same clips: the difference of two models' means is the
     paired bootstrap.
     """
-    clips, clip = np.unique(np.asarray(clip_of_query), return_inverse=True)
-    n = len(clips)
-    # A resampled mean needs only how often each clip is drawn, and each clip's sums.
-    drawn = np.random.default_rng(seed).integers(n, size=(draws, n))
-    drawn += n * np.arange(draws)[:, None]
-    times = np.bincount(drawn.ravel(), minlength=draws * n).reshape(draws, n).astype(np.float64)
-    queries = times @ np.bincount(clip, minlength=n)
-    return {
-        name: times @ np.bincount(clip, value.numpy(), minlength=n) / queries
-        for name, value in values.items()
-    }
+    clips, row_of_query = np.unique(clip_of_query, return_inverse=True)  # (C,), (Q,)
+    drawn = np.random.default_rng(seed).integers(len(clips), size=(draws, len(clips)))
+
+    # A resample's mean needs only how often each clip was drawn, and each clip's sum of values.
+    counts = [np.bincount(clips_drawn, minlength=len(clips)) for clips_drawn in drawn]
+    times_drawn = np.array(counts, dtype=np.float64)  # (draws, C)
+    queries_drawn = times_drawn @ np.bincount(row_of_query)  # (draws,)
+    means = {}
+    for name, value in values.items():
+        sum_of_clip = np.bincount(row_of_query, weights=value.numpy())  # (C,)
+        means[name] = times_drawn @ sum_of_clip / queries_drawn
+    return means
 
 
 def interval(means: np.ndarray) -> tuple[float, float]:
-    """The middle 95 % of bootstrap means: their percentile interval."""
-    low, high = np.quantile(means, [0.025, 0.975]).tolist()
-    return low, high
+    """Return the bounds that hold the middle 95 % of bootstrap means: the percentile interval."""
+    low, high = np.percentile(means, INTERVAL_PERCENTILES)
+    return float(low), float(high)

@@ -1,7 +1,8 @@
 """evaluate.py: Table 1 against a second route, the files, what may be evaluated on, bad input."""
 
 import contextlib
-import csv
+import datetime
+import functools
 import html
 import io
 import json
@@ -59,6 +60,7 @@ def captions_of(clip: int) -> list[str]:
     return [f"clip {clip} sounds {word}" for word in "abcde"[:count]]
 
 
+@functools.cache
 def unit_vector(model: str, content: str) -> torch.Tensor:
     """A random direction that depends on the model and on what is embedded, and on nothing else."""
     width = MODELS[model][1]
@@ -70,6 +72,7 @@ def embedding_of_clip(model: str, clip: int) -> torch.Tensor:
     return unit_vector(model, f"the sound of clip {clip}")
 
 
+@functools.cache
 def embedding_of_caption(model: str, caption: str) -> torch.Tensor:
     """Nearer to the caption's clip than chance would be, and different for each caption."""
     clip = int(caption.split()[1])
@@ -148,7 +151,10 @@ def rows_of_printed_table(printed: str) -> list[tuple[str, dict[str, str]]]:
     for line in lines[1:]:
         indentation = " " * (len(line) - len(line.lstrip()))
         label, *cells = re.split(r"\s{2,}", line.strip())
-        rows.append((indentation + label, dict(zip(header, cells, strict=True))))
+        if cells:
+            rows.append((indentation + label, dict(zip(header, cells, strict=True))))
+        else:
+            rows.append((indentation + label, {}))
     return rows
 
 
@@ -156,16 +162,19 @@ def rows_of_printed_table(printed: str) -> list[tuple[str, dict[str, str]]]:
 def table(here) -> SimpleNamespace:
     """What evaluate.py prints and writes for four models and an ensemble of two of them."""
     checkpoints = [f"{name}.pt" for name in "abcd"]
-    options = ["--checkpoint", *checkpoints, "--ensemble", "a.pt", "c.pt", "--json", "table.json"]
+    options = ["--checkpoint", *checkpoints, "--ensemble", "a.pt", "c.pt", "--device", "cpu"]
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(DualEncoder, "embed_audio", known_embed_audio)
         patch.setattr(DualEncoder, "embed_text", known_embed_text)
-        run_evaluate(here, patch, *options)
+        run_evaluate(here, patch, *options, "--json", "table.json")
     written = json.loads((here / "table.json").read_text())
+    lines = rows_of_printed_table(printed.getvalue())
+    (mean_line,) = [i for i, line in enumerate(lines) if ": mean of" in line[0]]
     return SimpleNamespace(
-        printed=printed.getvalue(),
-        lines=rows_of_printed_table(printed.getvalue()),
+        lines_of_rows=lines[:mean_line],
+        lines_of_groups=lines[mean_line:],
+        about=written["about"],
         rows=written["rows"],
         groups=written["groups"],
     )
@@ -177,14 +186,19 @@ ROWS = [["a"], ["b"], ["c"], ["d"], ["a", "c"]]  # the models of each row; sever
 METRICS = ("mAP@10", "mAP@16", "R@1", "R@5", "R@10")
 
 
+@functools.cache
+def similarity(model: str, caption: str, clip: int) -> float:
+    query = embedding_of_caption(model, caption)
+    return float(query.double() @ embedding_of_clip(model, clip).double())
+
+
+def mean_similarity(models: list[str], caption: str, clip: int) -> float:
+    return sum(similarity(model, caption, clip) for model in models) / len(models)
+
+
 def query_metrics_by_definition(models: list[str], caption: str, relevant: list[int]) -> list:
     """The metrics of one query, in the order of METRICS."""
-    similarities = np.zeros(len(CLIPS))
-    for model in models:
-        query = embedding_of_caption(model, caption).double()
-        clips = torch.stack([embedding_of_clip(model, clip) for clip in CLIPS]).double()
-        similarities += (clips @ query).numpy() / len(models)
-    ranking = [CLIPS[i] for i in np.argsort(-similarities)]
+    ranking = sorted(CLIPS, key=lambda clip: -mean_similarity(models, caption, clip))
     hits = [clip in relevant for clip in ranking]
     values = []
     for k in (10, 16):
@@ -278,7 +292,7 @@ def test_rows_of_one_label_get_a_mean_and_a_sample_standard_deviation(table, sou
     assert deviations == pytest.approx(means.std(axis=0, ddof=1))
 
 
-def test_labels_tell_data_and_stage(table):
+def test_rows_are_named_and_labelled(table):
     assert [row["label"] for row in table.rows] == [
         "Clotho, contrastive",
         "Clotho, contrastive",
@@ -287,6 +301,20 @@ def test_labels_tell_data_and_stage(table):
         "Clotho, contrastive and Clotho + AudioCaps, distilled, ensemble",
     ]
     assert [row["name"] for row in table.rows] == ["a.pt", "b.pt", "c.pt", "d.pt", "a.pt + c.pt"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "trained_on", "label"),
+    [
+        ("contrastive", ["clotho/development"], "Clotho, contrastive"),
+        ("distilled", ["audiocaps/train", "clotho/development"], "Clotho + AudioCaps, distilled"),
+        ("contrastive", ["wavcaps/train", "clotho/development"], "Clotho + WavCaps, contrastive"),
+        ("distilled", ["mine@12ab/all", "clotho/development"], "Clotho + mine, distilled"),
+        ("contrastive", ["b@1/all", "a@2/train"], "a + b, contrastive"),
+    ],
+)
+def test_labels_tell_data_and_stage(stage, trained_on, label):
+    assert evaluate.label_of(stage, trained_on) == label
 
 
 # --- The printed table ---
@@ -322,35 +350,120 @@ def test_the_printed_rows_are_the_jsons(table):
             expected.append(("  lead over the first", cells_of(lead["results"], percent, "+")))
             interval = cells_of(lead["intervals"], percent_interval, "+")
             expected.append(("    95 % interval (too short)", interval))
-    assert table.lines[:-2] == expected
+    assert table.lines_of_rows == expected
 
 
 def test_the_printed_mean_and_deviation_are_the_jsons(table):
     (group,) = table.groups
-    (mean_label, mean), (deviation_label, deviation) = table.lines[-2:]
-    assert mean_label.startswith("Clotho, contrastive: mean of 3")
-    assert mean == cells_of(group["mean"], percent)
-    assert deviation_label == "  standard deviation"
-    assert deviation == cells_of(group["standard deviation"], percent)
+    mean, deviation = table.lines_of_groups[:2]
+    assert mean == ("Clotho, contrastive: mean of 3", cells_of(group["mean"], percent))
+    assert deviation == ("  standard deviation", cells_of(group["standard deviation"], percent))
+
+
+def test_the_files_of_averaged_rows_are_named(table):
+    labels = [label for label, _ in table.lines_of_groups[2:]]
+    assert labels == ["  averaged: a.pt", "  averaged: b.pt", "  averaged: d.pt"]
+    assert table.groups[0]["names"] == ["a.pt", "b.pt", "d.pt"]
 
 
 def test_the_columns_stand_in_the_order_of_table_1(table):
-    assert list(table.lines[0][1]) == list(COLUMNS)
+    assert list(table.lines_of_rows[0][1]) == list(COLUMNS)
+
+
+@pytest.fixture(scope="module")
+def real_table(here) -> SimpleNamespace:
+    """The table as if the small split were the one of the report."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(DualEncoder, "embed_audio", known_embed_audio)
+        patch.setattr(DualEncoder, "embed_text", known_embed_text)
+        patch.setattr(evaluate, "REPORTED_CLIPS", len(CLIPS))
+        patch.setattr(evaluate, "CLIPS_FOR_AN_INTERVAL", len(CLIPS))
+        run_evaluate(here, patch, "--checkpoint", "a.pt")
+    lines = rows_of_printed_table(printed.getvalue())
+    return SimpleNamespace(lines=lines, notes=printed.getvalue().split("\n\n")[2])
+
+
+def test_the_reports_table_is_shown_beside_its_own_split(real_table):
+    lines = [(label, " ".join(cells.values())) for label, cells in real_table.lines[-4:]]
+    assert lines == [
+        ("report: Clotho, contrastive", "- 31.95 27.57 16.95 42.73 58.04"),
+        ("report: Clotho, distilled", "- 32.54 28.20 16.44 43.89 58.89"),
+        ("report: Clotho + AudioCaps, contrastive", "35.21 - 30.97 19.56 46.45 59.48"),
+        ("report: Clotho + AudioCaps, distilled", "- 37.21 32.75 19.80 47.45 60.48"),
+    ]
+
+
+def test_a_note_says_that_the_reports_first_column_mixes_two_metrics(real_table):
+    assert "31.95 (row 1) is the official baseline's mAP@10" in real_table.notes
+    assert "35.21 (row 3) its mAP@16" in real_table.notes
+
+
+def test_intervals_from_enough_clips_are_not_marked(real_table):
+    assert real_table.lines[1][0] == "  95 % interval"
+
+
+# --- What the figures are of ---
+
+
+def test_the_json_says_what_its_figures_are_of(table):
+    date = datetime.datetime.fromisoformat(table.about.pop("date"))
+    assert abs(datetime.datetime.now().astimezone() - date) < datetime.timedelta(minutes=10)
+    assert table.about == {
+        "split": "clotho/evaluation",
+        "captions": "clotho_captions_evaluation.csv",
+        "clips": 20,
+        "clips not on disk": 1,
+        "queries": 97,
+        "annotations": "metadata_eval.csv",
+        "annotated queries": 7,
+        "resamples": 1000,
+        "device": "cpu",
+        "precision": "fp32",
+    }
+
+
+def test_the_json_says_what_each_model_is(table):
+    assert table.rows[4]["checkpoints"] == [
+        {"file": "a.pt", "stage": "contrastive", "trained on": ["clotho/development"]},
+        {
+            "file": "c.pt",
+            "stage": "distilled",
+            "trained on": ["audiocaps/val", "clotho/development"],
+        },
+    ]
 
 
 # --- The page ---
 
 
 @pytest.fixture(scope="module")
-def page(here) -> SimpleNamespace:
-    """The page of one model, and what is printed beside it."""
+def page(here, tiny_model) -> SimpleNamespace:
+    """The page of the ensemble of a run's folder, which has a log, and c.pt; what is printed."""
+    temperature, _, stage, trained_on = MODELS["b"]
+    run = here / "run-b"
+    run.mkdir()
+    write_checkpoint(run / "best.pt", tiny_model, stage, trained_on, temperature)
+    (run / "log.jsonl").write_text('{"settings": {}}\n{"step": 1, "loss": 2.0, "lr": 0.1}\n')
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(DualEncoder, "embed_audio", known_embed_audio)
         patch.setattr(DualEncoder, "embed_text", known_embed_text)
-        run_evaluate(here, patch, "--checkpoint", "b.pt", "--html", "page.html")
+        run_evaluate(here, patch, "--ensemble", "run-b", "c.pt", "--html", "page.html")
     text = (here / "page.html").read_text()
-    return SimpleNamespace(lines=rows_of_printed_table(printed.getvalue()), text=text)
+    lines = rows_of_printed_table(printed.getvalue())
+    return SimpleNamespace(lines=lines, text=text, printed=printed.getvalue())
+
+
+def items_of_the_page(text: str) -> list[tuple[str, int, str]]:
+    """(query, number of a clip, what the page shows of it) for each clip below each query."""
+    items = []
+    for card in re.findall(r'<details class="query">.*?</details>', text, re.DOTALL):
+        query = re.search(r"<summary>(clip \d+ sounds .)", card)[1]
+        for item in re.findall(r"<li.*?</li>", card, re.DOTALL):
+            clip = int(re.search(r">(\d+)\.wav<", item)[1])
+            items.append((query, clip, item))
+    return items
 
 
 def test_the_pages_table_is_the_printed_one(page):
@@ -361,19 +474,51 @@ def test_the_pages_table_is_the_printed_one(page):
     assert rows == [["", *COLUMNS], *printed]
 
 
-def test_the_page_marks_the_right_clip_and_those_of_the_new_annotations(page):
-    marked_too = 0
-    cards = re.findall(r'<details class="query">.*?</details>', page.text, re.DOTALL)
-    for card in cards:
-        query = re.search(r"<summary>(clip (\d+) sounds .)", card)
-        for item in re.findall(r"<li.*?</li>", card, re.DOTALL):
-            clip = int(re.search(r">(\d+)\.wav<", item)[1])
-            is_right = clip == int(query[2])
-            is_annotated = clip in ANNOTATIONS.get(query[1], [])
-            assert ("✓ the right clip" in item) == is_right, (query[1], clip)
-            assert ("✓ relevant, too" in item) == (is_annotated and not is_right), (query[1], clip)
-            marked_too += "✓ relevant, too" in item
-    assert marked_too > 0
+def test_the_page_marks_clips_that_the_new_annotations_name(page):
+    marked = set()
+    expected = set()
+    for query, clip, item in items_of_the_page(page.text):
+        if "✓ relevant, too" in item:
+            marked.add((query, clip))
+        is_right = query.startswith(f"clip {clip} ")
+        if clip in ANNOTATIONS.get(query, []) and not is_right:
+            expected.add((query, clip))
+    assert len(expected) > 0
+    assert marked == expected
+
+
+def test_the_page_marks_the_right_clip(page):
+    for query, clip, item in items_of_the_page(page.text):
+        is_right = query.startswith(f"clip {clip} ")
+        assert ("✓ the right clip" in item) == is_right, (query, clip)
+
+
+def test_the_pages_scores_are_mean_similarities(page):
+    for query, clip, item in items_of_the_page(page.text):
+        score = float(re.search(r"score (-?\d\.\d+)", item)[1])
+        assert score == pytest.approx(mean_similarity(["b", "c"], query, clip), abs=6e-4)
+
+
+def test_the_page_says_what_it_is_of(page):
+    assert "<h1>Clotho, contrastive and Clotho + AudioCaps, distilled, ensemble on" in page.text
+    for fact in (
+        "checkpoint: run-b, trained on clotho/development",
+        "checkpoint: c.pt, trained on audiocaps/val, clotho/development",
+        "split: clotho/evaluation",
+        "clips: 20",
+        "queries: 97",
+        "annotations: metadata_eval.csv",
+    ):
+        assert fact in page.text, fact
+    assert re.search(r"date: 20\d\d-\d\d-\d\dT\d\d:\d\d", page.text)
+
+
+def test_the_page_draws_the_log_of_a_runs_folder(page):
+    assert "There is no log of a run" not in page.text
+
+
+def test_where_the_page_is_is_printed(page):
+    assert "page  page.html" in page.printed
 
 
 # --- What may be evaluated on ---
@@ -430,6 +575,33 @@ def test_without_checkpoint_the_newest_run_is_evaluated(
 # --- The new annotations ---
 
 
+def test_the_split_can_be_evaluated_without_them(here, monkeypatch, capsys, known_embeddings):
+    options = ["--checkpoint", "a.pt", "--annotations", "none", "--json", "without.json"]
+    run_evaluate(here, monkeypatch, *options)
+    (_, cells), *_ = rows_of_printed_table(capsys.readouterr().out)
+    assert [cells["new mAP@16"], cells["new mAP@10"]] == ["-", "-"]
+    written = json.loads((here / "without.json").read_text())
+    assert list(written["rows"][0]["results"]) == ["captions"]
+    assert written["about"]["annotations"] is None
+
+
+def test_it_is_said_where_there_are_none(here, monkeypatch, capsys, tmp_path, known_embeddings):
+    for name in ("evaluation", "clotho_captions_evaluation.csv"):
+        (tmp_path / name).symlink_to(here / name)
+    run_evaluate(tmp_path, monkeypatch, "--checkpoint", here / "a.pt")
+    assert "metadata_eval.csv: not there" in capsys.readouterr().out
+
+
+def test_of_equal_captions_the_first_is_the_query(tmp_path):
+    for name in ("1.wav", "2.wav"):
+        write_wav(tmp_path / name, np.zeros(1600))
+    rows = [["1.wav", "wind", "rain"], ["2.wav", "rain", "rain"]]
+    write_csv(tmp_path / "captions.csv", ["file_name", "caption_1", "caption_2"], rows)
+    split = data.read_split(str(tmp_path), "all", tmp_path)
+    path = write_annotations(tmp_path / "new.csv", {"rain": [2, 1]})
+    assert evaluate.read_annotations(path, split) == {1: [0, 1]}
+
+
 def annotated_results(here, monkeypatch, annotations: dict | list) -> dict:
     """Model a's results by annotations {query: clips}, or by rows [query, list of files]."""
     path = here / "other.csv"
@@ -481,19 +653,6 @@ def test_a_query_that_is_no_caption_is_an_error_where_all_clips_are_there(
         run_evaluate(tmp_path, monkeypatch, "--checkpoint", here / "a.pt")
 
 
-def test_a_submission_is_a_row_a_query_and_a_column_a_file(here, monkeypatch, tmp_path):
-    queries = write_csv(tmp_path / "q.csv", ["caption"], [["rain"], ["a, dog"], ["rain"]])
-    run_evaluate(here, monkeypatch, "--checkpoint", "a.pt", "--submission", tmp_path / "out.csv",
-                 "--queries", queries, "--audio", "mine")
-    header, *rows = csv.reader((tmp_path / "out.csv").open())
-    assert header == ["index", *(f"{i}.wav" for i in range(4))]
-    assert [row[0] for row in rows] == ["rain", "a, dog"]
-    model = evaluate.DualEncoder.load(here / "a.pt")
-    audio = model.embed_audio(here / "mine" / f"{i}.wav" for i in range(4))
-    expected = (model.embed_text(["rain", "a, dog"]) @ audio.T).numpy()
-    np.testing.assert_allclose(np.array([r[1:] for r in rows], float), expected, atol=1e-6)
-
-
 # --- Bad input: one line, exit status 2, before any long work ---
 
 TINY = "--preset tiny --device cpu --cache-dir cache --datasets"
@@ -513,8 +672,10 @@ BAD = [
     (evaluate, "--data-dir here --checkpoint here/a.pt --annotations wrong.csv",
      "'gone.wav' is no clip of clotho/evaluation"),
     (evaluate, "--data-dir here --checkpoint here/a.pt --split all", "no clotho here"),
-    (evaluate, "--submission a.csv --queries b.csv --audio here --html c --checkpoint here/a.pt",
-     "go together, without --html"),
+    (evaluate, "--data-dir here --checkpoint here/a.pt --annotations gone.csv",
+     "--annotations gone.csv: no such file; name the csv, or none"),
+    (evaluate, "--data-dir here --checkpoint here/a.pt here/b.pt --html page.html",
+     "--html takes one --checkpoint, or one --ensemble"),
     (search, "dog --audio nowhere --checkpoint here/a.pt", "nowhere: no such folder"),
     (search, "dog --audio here/mine --checkpoint gone.pt", "gone.pt: no such checkpoint"),
     (data, "check nowhere", "nowhere: no such folder"),

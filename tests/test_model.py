@@ -26,7 +26,6 @@ from dualenc.checkpoints import newest_checkpoint, published_passt
 from dualenc.decoding import resample
 from dualenc.errors import InputError
 from dualenc.model import PRESETS, choose_device, choose_precision
-from evaluate import label_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:stft with return", "ignore:.*autocast")  # theirs
 SIZES = dict(vocab_size=400, hidden_size=64, num_hidden_layers=2, num_attention_heads=1,
@@ -242,9 +241,11 @@ def test_a_checkpoint_needs_nothing_else(tiny_model, tmp_path, roberta):
     assert newest_checkpoint(tmp_path) == best and os.listdir(tmp_path / "run") == ["best.pt"]
     loaded = DualEncoder.load(path, tokenizer=roberta)
     assert loaded.tokenizer.to_str() == text.load_tokenizer(roberta).to_str()
-    loaded.trained_on, loaded.stage = ["mine@1/all", "audiocaps/train", "clotho/x"], "distilled"
+    trained_on = ["mine@1/all", "audiocaps/train", "clotho/x"]
+    loaded.trained_on, loaded.stage = trained_on, "distilled"
     torch.save(loaded.checkpoint(), best)
-    assert label_of(DualEncoder.load(best)) == "Clotho + AudioCaps + mine, distilled"
+    loaded = DualEncoder.load(best)
+    assert (loaded.trained_on, loaded.stage) == (trained_on, "distilled")
 
 
 def test_no_checkpoint_is_said_and_nothing_in_it_is_executed(tiny_model, tmp_path, monkeypatch):
