@@ -1,51 +1,187 @@
-"""Checkpoints: ours and the official baseline's, read, checked and saved; PaSST's weights."""
+"""Checkpoints: which file a name means, what is in it, and how one is saved.
+
+A checkpoint of ours is what DualEncoder.checkpoint() returns, saved by torch. Two published models
+of the same recipe are read, too, and are fetched under their names:
+
+    salsa      Primus et al., "Estimated audio-caption correspondences" (DCASE 2024 workshop)
+    baseline   the official baseline of DCASE 2025, task 6
+"""
 
 import collections
+import contextlib
 import os
-from collections.abc import Mapping
+import sys
+import urllib.request
+from collections.abc import Iterator, Mapping
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from dualenc.errors import InputError, replacing
 
 AnyPath = str | os.PathLike
-PASST_URL = (
-    "https://github.com/kkoutini/PaSST/releases/download/v0.0.2-audioset/"
-    "passt-s-f128-p16-s16-ap.468.pt"
+
+
+# --- Published weights: fetched once into torch's hub folder ---
+
+CHUNK_BYTES = 1 << 20  # read from a server at a time
+TIMEOUT_SECONDS = 30  # without a byte from the server
+
+
+class Published(NamedTuple):
+    """Weights that their authors publish, as one file or in parts."""
+
+    title: str
+    file_name: str  # in torch's hub folder
+    urls: tuple[str, ...]  # addresses of the parts, which are joined in this order
+    otherwise: str = ""  # what to do without them
+
+    def path(self) -> Path:
+        return Path(torch.hub.get_dir(), "checkpoints", self.file_name)
+
+
+JKU = "https://cloud.cp.jku.at/index.php/s"
+SALSA_SHARES = (
+    "pMWRbJzXqFPPzgD", "aMDLmLTZH4jCHwq", "3kKiQJFk45R7S5k", "ijLwzPAQrqKRf5P", "Np4A5nobAkaSGpY",
+)
+PUBLISHED = {
+    "salsa": Published(
+        "the model salsa", "salsa_passt_roberta.ckpt",
+        tuple(
+            f"{JKU}/{share}/download/passt_roberta.{number}.ckpt"
+            for number, share in enumerate(SALSA_SHARES, start=1)
+        ),
+    ),
+    "baseline": Published(
+        "the DCASE 2025 baseline", "dcase2025_task6_baseline.ckpt",
+        (f"{JKU}/6ZTQ3mcwk9AAS4i/download",),
+    ),
+}
+PASST = Published(
+    "PaSST", "passt-s-f128-p16-s16-ap.468.pt",
+    ("https://github.com/kkoutini/PaSST/releases/download/v0.0.2-audioset/"
+     "passt-s-f128-p16-s16-ap.468.pt",),
+    otherwise=", or give --init random",
 )
 
 
 def checkpoint_file(name_or_path: AnyPath) -> Path:
-    """The file that a path names: a run's folder stands for its best.pt."""
-    path = Path(name_or_path)
-    return path / "best.pt" if path.is_dir() else path
+    """Return the file that a checkpoint's name or path means; it is there.
 
+    Args:
+        name_or_path: a file; a run's folder, which stands for its best.pt; or "salsa" or
+            "baseline", which are fetched unless a file or folder has that name.
 
-def read_checkpoint(path: AnyPath) -> dict:
-    """What a checkpoint file holds, memory-mapped; the official baseline's is given our form.
-
-    It is an InputError where the file is missing, damaged, of another program or version.
+    Raises:
+        InputError: there is no such file, or it cannot be fetched.
     """
-    path = checkpoint_file(path)
+    path = Path(name_or_path)
+    if path.is_dir():
+        path = path / "best.pt"
+    elif not path.exists() and str(path) in PUBLISHED:
+        path = _fetch(PUBLISHED[str(path)])
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint file")
+    return path
+
+
+def published_passt() -> dict[str, Tensor]:
+    """Return PaSST's published weights without its classifiers; the first time they are fetched."""
+    weights = _read(_fetch(PASST))
+    # head.* and head_dist.* are AudioSet's 527 classes.
+    return {name: value for name, value in weights.items() if not name.startswith("head")}
+
+
+def _fetch(published: Published) -> Path:
+    """Return the file of published weights; download it if it is not there yet.
+
+    torch.hub's own downloader takes a file that broke off for whole. Here the file gets its name
+    only when each part has the size that the server told, and the whole can be read.
+    """
+    path = published.path()
+    if path.exists():
+        return path
+    sizes = []
+    for url in published.urls:
+        with _answer(published, url) as response:
+            sizes.append(response.length)
+    total = None if None in sizes else sum(sizes)
+    size = "" if total is None else f", {total / 1e6:,.0f} MB"
+    print(f"fetching {published.title} from {published.urls[0]}{size}", file=sys.stderr)
+    bar = tqdm(
+        desc=published.file_name, total=total, unit="B", unit_scale=True,
+        mininterval=0.5 if sys.stderr.isatty() else 10,
+    )
+    with replacing(path) as temporary:
+        with open(temporary, "wb") as file, bar:
+            for url in published.urls:
+                for chunk in _download(published, url):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+        try:
+            _load(temporary)
+        except Exception as error:  # torch.load raises whatever its parsers meet
+            raise _not_fetched(published, url, f"it sent no whole checkpoint: {error}") from error
+    return path
+
+
+def _download(published: Published, url: str) -> Iterator[bytes]:
+    """Yield what a server sends; it is an InputError if that is less than it told."""
+    with _answer(published, url) as response:
+        missing = response.length
+        while chunk := response.read(CHUNK_BYTES):
+            if missing is not None:
+                missing -= len(chunk)
+            yield chunk
+    if missing:
+        raise _not_fetched(published, url, f"it broke off, {missing:,} bytes before its end")
+
+
+@contextlib.contextmanager
+def _answer(published: Published, url: str) -> Iterator[HTTPResponse]:
+    """Open an address; its response's length is None where the server does not tell it."""
     try:
-        # Lightning stores objects of other programs beside the weights: each becomes a dictionary.
-        others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        with torch.serialization.safe_globals([(_Inert, name) for name in others]):
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if "state_dict" in saved:
-            return _from_baseline(saved)
-        saved["config"]
-        return saved
-    except Exception as error:  # torch.load raises whatever its parsers meet
-        why = (str(error) or repr(error)).splitlines()[0][:80]
-        raise InputError(f"{path}: is damaged or not this program's checkpoint ({why})") from error
+        with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:
+            yield response
+    except (OSError, HTTPException) as error:
+        raise _not_fetched(published, url, str(error) or repr(error)) from error
 
 
-def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], source) -> None:
+def _not_fetched(published: Published, url: str, reason: str) -> InputError:
+    reason = reason.splitlines()[0][:120]
+    return InputError(
+        f"{published.title} cannot be fetched from {url} ({reason}); nothing was kept: run again, "
+        f"or copy it to {published.path()} yourself{published.otherwise}"
+    )
+
+
+# --- Reading ---
+
+def read_checkpoint(name_or_path: AnyPath) -> dict:
+    """Read a checkpoint, memory-mapped; salsa's and the baseline's are given the form of ours.
+
+    Returns:
+        {"config": the sizes that are not the report's, or all, "tokenizer": as JSON or None,
+        "model": weights by name, "trained_on": ["dataset/split"], "stage": "contrastive" or
+        "distilled"}; last.pt holds "training", too.
+
+    Raises:
+        InputError: the file is missing, damaged, or of another program.
+    """
+    path = checkpoint_file(name_or_path)
+    saved = _read(path)
+    if isinstance(saved, dict) and "state_dict" in saved:
+        return _from_lightning(saved, path)
+    if not isinstance(saved, dict) or "config" not in saved:
+        raise InputError(f"{path}: is no checkpoint of dualenc, salsa or the baseline")
+    return saved
+
+
+def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], source: AnyPath) -> None:
     """Load weights whose names and shapes are the module's; else an InputError names one."""
     try:
         module.load_state_dict(weights)
@@ -54,59 +190,136 @@ def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], source) -> N
         raise InputError(f"{source}: its weights do not fit the model: {reason}") from error
 
 
-class _Inert:  # stands for any class that a file names
-    def __new__(cls, *args) -> collections.OrderedDict:  # which takes both items and attributes
-        return collections.OrderedDict()
+def _read(path: Path) -> object:
+    try:
+        return _load(path)
+    except Exception as error:  # torch.load raises whatever its parsers meet
+        reason = (str(error) or repr(error)).splitlines()[0][:80]
+        remedy = ""
+        if path.parent == PASST.path().parent:
+            remedy = "; delete it and run again, and it is fetched anew"
+        raise InputError(f"{path}: is damaged or no checkpoint ({reason}){remedy}") from error
 
 
-BASELINE_NAMES = {  # where a weight's name begins in the baseline's file, and in ours
-    "tau": "tau", "audio_embedding_model.model.model.": "audio.passt.",
-    "audio_projection.": "audio_projection.", "text_embedding_model.": "text.roberta.",
-    "text_projection.": "text_projection.",
+def _load(path: Path) -> object:
+    # Lightning stores objects of other programs beside the weights: each becomes a dictionary.
+    others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    with torch.serialization.safe_globals([(_Inert, name) for name in others]):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+class _Inert:
+    """A stand-in for any class that a file names; nothing of that class is run."""
+
+    def __new__(cls, *args) -> collections.OrderedDict:
+        return collections.OrderedDict()  # which takes both items and attributes
+
+
+# --- The two published models, as PyTorch Lightning saved them ---
+
+# How a weight's name begins in salsa's or the baseline's file, and in ours.
+PUBLISHED_NAMES = {
+    "audio_embedding_model.model.model.": "audio.passt.",
+    "text_embedding_model.": "text.roberta.",  # baseline
+    "sentence_embedding_model.": "text.roberta.",  # salsa
+    "audio_projection.": "audio_projection.",  # baseline
+    "project_audio.0.": "audio_projection.",  # salsa
+    "text_projection.": "text_projection.",  # baseline
+    "project_sentence.0.": "text_projection.",  # salsa
+    "tau": "tau",
 }
+# PaSST's classifiers, and parts of salsa that its published model does not use.
+PASSED_OVER = (
+    "audio_embedding_model.model.model.head.", "audio_embedding_model.model.model.head_dist.",
+    "timing_tau", "audio_token", "posencode.", "audio_sequence.", "audio_output_projection.",
+)
+HEAD_WIDTH = 64  # of one attention head, in PaSST and in every RoBERTa
 
 
-def _from_baseline(saved: dict) -> dict:
-    """PyTorch Lightning's checkpoint of the official DCASE 2025 baseline in the form of ours."""
+def _from_lightning(saved: dict, path: Path) -> dict:
+    """Give the checkpoint of salsa or of the baseline the form of ours."""
     weights = {}
+    stage = "contrastive"
     for name, value in saved["state_dict"].items():
-        name = name.replace("_orig_mod.", "")  # torch.compile's
-        theirs = next(prefix for prefix in BASELINE_NAMES if name.startswith(prefix))
-        weights[BASELINE_NAMES[theirs] + name.removeprefix(theirs)] = value
-    weights = {n: w for n, w in weights.items() if not n.startswith("audio.passt.head")}  # classes
-    weights["tau"] = weights["tau"].abs().reshape(())  # by whose absolute value it divides
-    # It always trains on Clotho; its hyperparameters say whether the others were left out.
+        name = name.replace("_orig_mod.", "")  # torch.compile adds it to the names
+        if name.startswith(PASSED_OVER):
+            continue
+        weights[_our_name(name, path)] = value
+        if name.startswith("project_audio."):  # salsa's published model is a student
+            stage = "distilled"
+    try:
+        sizes = _sizes(weights)
+    except KeyError as error:
+        raise InputError(f"{path}: lacks the weight {error.args[0]}") from error
+    weights["tau"] = torch.tensor(sizes["tau"])
+    # Both train on Clotho, whatever else; the settings say whether the others were left out.
     settings = saved.get("hyper_parameters", {})
-    seen = [f"{n}/train" for n in ("audiocaps", "wavcaps") if settings.get(n, True) is not False]
+    trained_on = ["clotho/development"]
+    for dataset in ("audiocaps", "wavcaps"):
+        if settings.get(dataset, True) is not False:
+            trained_on.append(f"{dataset}/train")
     return {
-        "sizes": {"tau": weights["tau"].item()}, "tokenizer": None, "model": weights,
-        "trained_on": ["clotho/development", *seen], "stage": "contrastive",
+        "config": sizes, "tokenizer": None, "model": weights, "trained_on": trained_on,
+        "stage": stage,
     }
 
 
+def _our_name(name: str, path: Path) -> str:
+    for prefix, our_prefix in PUBLISHED_NAMES.items():
+        if name.startswith(prefix):
+            return our_prefix + name.removeprefix(prefix)
+    raise InputError(f"{path}: holds a weight that no model known here has: {name}")
+
+
+def _sizes(weights: Mapping[str, Tensor]) -> dict:
+    """Return the sizes that the shapes of the weights tell, by DualEncoderConfig's names."""
+    roberta = "text.roberta."
+    audio_width, _, *patch = weights["audio.passt.patch_embed.proj.weight"].shape
+    vocab_size, hidden_size = weights[roberta + "embeddings.word_embeddings.weight"].shape
+    return {
+        "audio_width": audio_width,
+        "audio_depth": _count(weights, "audio.passt.blocks."),
+        "audio_heads": audio_width // HEAD_WIDTH,
+        "patch": tuple(patch),
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": _count(weights, roberta + "encoder.layer."),
+        "num_attention_heads": hidden_size // HEAD_WIDTH,
+        "intermediate_size": len(weights[roberta + "encoder.layer.0.intermediate.dense.weight"]),
+        "max_position_embeddings": len(weights[roberta + "embeddings.position_embeddings.weight"]),
+        "embedding": len(weights["audio_projection.weight"]),
+        "tau": abs(weights["tau"].item()),  # both divide by its absolute value
+    }
+
+
+def _count(weights: Mapping[str, Tensor], prefix: str) -> int:
+    """Count the layers whose names are the prefix and a number."""
+    numbers = {
+        name.removeprefix(prefix).split(".")[0] for name in weights if name.startswith(prefix)
+    }
+    return len(numbers)
+
+
+# --- The newest; saving ---
+
 def newest_checkpoint(runs: Path = Path("runs")) -> Path:
-    """The best.pt that was written last below the folder of runs."""
-    if found := sorted(runs.rglob("best.pt"), key=lambda path: path.stat().st_mtime):
-        return found[-1]
-    raise InputError(f"{runs}: no run with a best.pt here; train first, or give --checkpoint")
+    """Return the best.pt that was written last below the folder of runs."""
+    checkpoints = list(runs.rglob("best.pt"))
+    if not checkpoints:
+        raise InputError(
+            f"{runs}: no run with a best.pt here; train first, or give --checkpoint (--checkpoint "
+            "salsa fetches a published model)"
+        )
+    return max(checkpoints, key=lambda path: path.stat().st_mtime)
 
 
 def save_atomically(values: dict, path: Path) -> None:
+    """Save values by torch.save; until all is written, what was there stays."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
         try:
             torch.save(values, file)
-        except RuntimeError as error:  # a full disk is named in the error behind torch's own
-            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-
-
-def published_passt() -> dict[str, Tensor]:
-    """The published PaSST weights, downloaded once into torch's hub folder."""
-    try:
-        weights = torch.hub.load_state_dict_from_url(
-            PASST_URL, map_location="cpu", weights_only=True
-        )
-    except OSError as error:
-        raise InputError(f"PaSST's weights cannot be fetched ({error}): copy {PASST_URL} into "
-                         f"{torch.hub.get_dir()}/checkpoints, or give --init random") from error
-    # head.*, head_dist.*: AudioSet's 527 classes
-    return {name: value for name, value in weights.items() if not name.startswith("head")}
+        except RuntimeError as error:
+            # torch reports a full disk as an error of its own; the system's stands behind it.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise

@@ -229,8 +229,7 @@ class DualEncoder(nn.Module):
         else:
             tokenizer = set_truncation(Tokenizer.from_str(saved["tokenizer"]))
         try:
-            config = saved.get("config") or dataclasses.asdict(PRESETS["report"]) | saved["sizes"]
-            model = cls(DualEncoderConfig(**config), tokenizer)
+            model = cls(DualEncoderConfig(**saved["config"]), tokenizer)
         except TypeError as error:
             raise InputError(f"{path}: is damaged or of another version ({error})") from error
         load_strictly(model, saved["model"], path)

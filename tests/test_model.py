@@ -253,7 +253,8 @@ def test_no_checkpoint_is_said_and_nothing_in_it_is_executed(tiny_model, tmp_pat
     attack = type("Attack", (), {"__reduce__": lambda self: (os.mkdir, ("executed",))})()
     good = tiny_model.checkpoint()
     for content, reason in (
-        ([attack], "damaged"), ([1, 2], "damaged"), ({"state_dict": {"scale": 1}}, "damaged"),
+        ([attack], "no checkpoint"), ([1, 2], "no checkpoint"),
+        ({"state_dict": {"scale": 1}}, "scale"),
         (good | {"model": {}}, "Missing key"),
         (good | {"config": good["config"] | {"depth": 2}}, "depth"),
         (good | {"config": good["config"] | {"audio_width": 48}}, "size mismatch"),
