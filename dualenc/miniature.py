@@ -2,18 +2,25 @@
 
     python -m dualenc.miniature data/miniature
 
-Every clip is a scene of one to three sounds over a quiet background, and its captions say what is
-heard, in which order, and how. The layout is that of the real ones as aac-datasets writes them.
+Every clip begins as a scene: one to three sounds that follow one another, and sometimes a bed, a
+sound that lasts under all of them. From the scene come
+
+    render      the waveform
+    captions    several captions; each tells all of the scene but some of its manners
+    annotate    for a caption as a query, all clips of whose scenes it is true
+
+The layout on disk is that of the real data sets, as aac-datasets writes them.
 """
 
 import csv
 import functools
 import itertools
+import math
 import wave
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -21,325 +28,662 @@ from tqdm import tqdm
 from dualenc.decoding import SAMPLE_RATE, to_int16
 from dualenc.errors import Parser, run_command
 
-RATE_HZ = SAMPLE_RATE // 2  # of both: a model could tell the data sets apart by their treble
+# Both data sets have this rate: a model could tell them apart if one had more treble.
+RATE_HZ = SAMPLE_RATE // 2
+SEED = 0
+
+Option = TypeVar("Option")
 
 
-def pick(rng, options):  # from a sequence, or from {option: its share}
-    shares = list(options.values()) if isinstance(options, dict) else None
-    return list(options)[rng.choice(len(options), p=shares)]
+def choose(rng: np.random.Generator, options: Sequence[Option]) -> Option:
+    return options[rng.integers(len(options))]
 
 
-def sine(cycles):
+def choose_by_share(rng: np.random.Generator, shares: dict[Option, float]) -> Option:
+    """Choose one of the keys; a key's value is its probability."""
+    return list(shares)[rng.choice(len(shares), p=list(shares.values()))]
+
+
+# --- Sources: how each of them sounds ---------------------------------------------------------
+
+def sine(cycles: np.ndarray) -> np.ndarray:
     return np.sin(2 * np.pi * cycles)
 
 
-def arch(t):  # rises and falls smoothly
+def arch(t: np.ndarray) -> np.ndarray:
+    """Return a smooth rise from 0 to 1 and back, as long as t (n,)."""
     return np.sin(np.linspace(0, np.pi, len(t)))
 
 
 class Voice(NamedTuple):
-    """Synthesises a sound (samples,). What is varied within one() differs from bark to bark."""
+    """A synthesiser for one sound; the methods from `bark` on each return a source's (samples,).
+
+    What they draw first stays as it is throughout the sound (this dog). What they draw within
+    `stroke` differs from stroke to stroke (each bark).
+    """
 
     rng: np.random.Generator
     samples: int
-    pitch: float = 1  # times the usual frequency
-    pace: float = 1  # times the usual rate
+    pitch: float = 1.0  # times the usual frequency
+    pace: float = 1.0  # times the usual rate
 
     def vary(self, value, spread=0.12):
+        """Return the value times a random factor of 1 - spread to 1 + spread."""
         return value * self.rng.uniform(1 - spread, 1 + spread)
 
-    def time(self, duration_s=None):  # in seconds; of the whole sound, unless a duration is given
-        return np.arange(int(duration_s * RATE_HZ) if duration_s else self.samples) / RATE_HZ
+    def time(self, duration_s=None):
+        """Return the time of each sample in seconds (n,): the whole sound's without a duration."""
+        n = self.samples if duration_s is None else int(duration_s * RATE_HZ)
+        return np.arange(n) / RATE_HZ
 
-    def noise(self, t, low_hz, high_hz):  # RMS 1; falls by 12 dB an octave outside the band
-        step = 2 ** max(1, len(t).bit_length() - 4)  # a prime length would slow the FFT tenfold
-        hz = np.fft.rfftfreq(-(-len(t) // step) * step, 1 / RATE_HZ).astype(np.float32) + 1e-3
-        gain = 1 / ((1 + (low_hz / hz) ** 2) * (1 + (hz / high_hz) ** 2))
-        real, imaginary = self.rng.standard_normal((2, len(hz)), np.float32)
-        band = np.fft.irfft(gain * (real + 1j * imaginary))[: len(t)]
+    def noise(self, n, low_hz, high_hz):
+        """Return noise (n,) of RMS 1 that falls by 12 dB an octave outside the band."""
+        # An FFT is ten times as slow where the length has a large prime factor, so the length is
+        # rounded up to one that has few odd factors.
+        step = 2 ** max(1, n.bit_length() - 4)
+        length = math.ceil(n / step) * step
+        hz = np.fft.rfftfreq(length, 1 / RATE_HZ).astype(np.float32)
+        high_pass = hz**2 / (hz**2 + low_hz**2)
+        low_pass = high_hz**2 / (hz**2 + high_hz**2)
+        white = np.fft.rfft(self.rng.standard_normal(length, np.float32))
+        band = np.fft.irfft(white * high_pass * low_pass)[:n]
         return band / band.std()
 
-    def pulses(self, hz, sharpness):  # at the rate hz (samples,): the sharper, the more harmonics
+    def pulses(self, hz, sharpness):
+        """Return pulses (n,) at the rate hz (n,): the sharper, the stronger their harmonics."""
         train = np.exp(sharpness * (np.cos(2 * np.pi * np.cumsum(hz) / RATE_HZ) - 1))
         return train - train.mean()
 
-    def repeat(self, one, period_s, jitter=0.05):  # lays out what one() returns, again and again
-        out, period_s = np.zeros(self.samples), self.vary(period_s) / self.pace
+    def repeat(self, stroke, period_s, jitter=0.05):
+        """Lay out what stroke() returns again and again, at this voice's pace."""
+        sound = np.zeros(self.samples)
+        period_s = self.vary(period_s) / self.pace
         start_s = self.rng.uniform(0.1, 0.3) * period_s
-        while (start := int(start_s * RATE_HZ)) < self.samples:
-            short = one()[: self.samples - start]
-            out[start : start + len(short)] += short
+        while start_s < self.samples / RATE_HZ:
+            start = int(start_s * RATE_HZ)
+            waveform = stroke()[: self.samples - start]
+            sound[start : start + len(waveform)] += waveform
             start_s += self.vary(period_s, jitter)
-        return out
+        return sound
+
+    def room(self):
+        """Return the background of every clip: noise and mains hum below the faintest sound."""
+        # Noise up to 200 Hz is a rumble, noise up to 5 kHz a hiss.
+        noise = self.noise(self.samples, 20, 10 ** self.rng.uniform(2.3, 3.7))
+        hum = sine(choose(self.rng, (100, 120)) * self.time())
+        noise_level = 10 ** self.rng.uniform(-3.6, -2.7)
+        hum_level = 10 ** self.rng.uniform(-4.5, -3)
+        return noise_level * noise + hum_level * hum
 
     def bark(self):
-        usual_hz, usual_s = self.vary(430 * self.pitch), self.vary(0.17)
-        def one():  # the mouth opens and shuts, and the pitch goes up and down with it
-            t = self.time(self.vary(usual_s))
-            voice = self.pulses(self.vary(usual_hz, 0.05) * (0.75 + 0.6 * arch(t)), 5)
-            return arch(t) ** 0.7 * (voice + 0.07 * self.noise(t, usual_hz, 5 * usual_hz))
-        return self.repeat(one, 0.5, jitter=0.15)
+        """A dog: the mouth opens and shuts, and the pitch goes up and down with it."""
+        dog_hz = self.vary(430 * self.pitch)
+        dog_s = self.vary(0.17)
+
+        def stroke():
+            t = self.time(self.vary(dog_s))
+            mouth = arch(t)
+            hz = self.vary(dog_hz, 0.05) * (0.75 + 0.6 * mouth)
+            breath = 0.07 * self.noise(len(t), dog_hz, 5 * dog_hz)
+            return mouth**0.7 * (self.pulses(hz, sharpness=5) + breath)
+
+        return self.repeat(stroke, period_s=0.5, jitter=0.15)
 
     def chirp(self):
-        usual_hz = self.vary(3200 * self.pitch, 0.08)
-        def one():
-            t = self.time(self.vary(0.1, 0.4) / self.pace**0.5)
-            bend = self.rng.uniform(-0.3, 0.3) * np.cos(np.pi * t / t[-1] + self.rng.uniform(0, 1))
-            hz = self.vary(usual_hz, 0.06) * (1 + bend)
-            return self.vary(arch(t), 0.3) * sine(np.cumsum(hz) / RATE_HZ)
-        return self.repeat(one, 0.24, jitter=0.35)
+        """A bird: short whistles, each bent up or down."""
+        bird_hz = self.vary(3200 * self.pitch, 0.08)
 
-    def patter(self):  # many small drops and a few big ones, each a few milliseconds of noise
-        t, drop = self.time(), int(0.003 * RATE_HZ)
-        drops = np.repeat(self.rng.gamma(0.4, size=len(t) // drop + 1), drop)[: len(t)]
-        return self.noise(t, self.vary(2000, 0.3), 7000) * (0.4 + drops)
+        def stroke():
+            t = self.time(self.vary(0.1, 0.4) / self.pace**0.5)
+            turn = np.pi * t / t[-1] + self.rng.uniform(0, 1)
+            bend = self.rng.uniform(-0.3, 0.3) * np.cos(turn)
+            hz = self.vary(bird_hz, 0.06) * (1 + bend)
+            return self.vary(arch(t), 0.3) * sine(np.cumsum(hz) / RATE_HZ)
+
+        return self.repeat(stroke, period_s=0.24, jitter=0.35)
+
+    def patter(self):
+        """Rain: many small drops and a few big ones, each 3 ms of noise."""
+        drop_samples = int(0.003 * RATE_HZ)
+        drop_levels = self.rng.gamma(0.4, size=self.samples // drop_samples + 1)
+        drops = np.repeat(drop_levels, drop_samples)[: self.samples]
+        return self.noise(self.samples, self.vary(2000, 0.3), 7000) * (0.4 + drops)
 
     def toll(self):
-        t, hz, strike = self.time(2.0), self.vary(700 * self.pitch), 0
-        for n in (0.5, 1, 1.19, 1.5, 2, 2.66, 3.4):  # hum, prime, minor third, fifth, octave
-            strike += self.vary(sine(self.vary(n, 0.01) * hz * t), 0.5) * np.exp(-4 * n**0.7 * t)
-        return self.repeat(lambda: self.vary(strike), 0.8)
+        """A bell: partials at a bell's ratios, of which the higher ones die away sooner."""
+        bell_hz = self.vary(700 * self.pitch)
+        t = self.time(2.0)
+        strike = np.zeros(len(t))
+        for ratio in (0.5, 1, 1.19, 1.5, 2, 2.66, 3.4):  # hum, prime, minor third, fifth, octave
+            partial = sine(self.vary(ratio, 0.01) * bell_hz * t)
+            strike += self.vary(partial, 0.5) * np.exp(-4 * ratio**0.7 * t)
+
+        def stroke():
+            return self.vary(strike)
+
+        return self.repeat(stroke, period_s=0.8)
 
     def wail(self):
+        """A siren: its pitch goes up and down without a pause."""
+        siren_hz = self.vary(750 * self.pitch)
+        octaves = self.vary(0.5)
         turns = self.vary(0.6) * self.pace * self.time() + self.rng.uniform()
-        return self.pulses(2 ** (self.vary(0.5) * sine(turns)) * self.vary(750 * self.pitch), 1.5)
+        return self.pulses(siren_hz * 2 ** (octaves * sine(turns)), sharpness=1.5)
 
     def motor(self):
-        t, usual_hz = self.time(), self.vary(85 * self.pitch)
-        hz = usual_hz * (1 + 0.04 * sine(self.vary(0.7, 0.5) * t))
-        rattle = self.noise(t, 3 * usual_hz, 8 * usual_hz)
-        return 0.08 * rattle + self.pulses(hz, self.vary(10, 0.4))
+        """An engine: explosions at a rate that wavers a little, and the rattle of its case."""
+        engine_hz = self.vary(85 * self.pitch)
+        wavering_hz = engine_hz * (1 + 0.04 * sine(self.vary(0.7, 0.5) * self.time()))
+        explosions = self.pulses(wavering_hz, sharpness=self.vary(10, 0.4))
+        rattle = self.noise(self.samples, 3 * engine_hz, 8 * engine_hz)
+        return explosions + 0.08 * rattle
 
     def steps(self):
-        t, usual_hz = self.time(0.18), self.vary(95, 0.25)
-        def one():
-            thud = sine(self.vary(usual_hz) * t) * np.exp(-t / 0.03)
-            return self.vary(thud + 0.35 * self.noise(t, 250, 1500) * np.exp(-t / 0.02), 0.3)
-        return self.repeat(one, 0.55)
+        """Footsteps: the thud of a heel and the scrape of a sole."""
+        floor_hz = self.vary(95, 0.25)
+        t = self.time(0.18)
+
+        def stroke():
+            thud = sine(self.vary(floor_hz) * t) * np.exp(-t / 0.03)
+            scrape = 0.35 * self.noise(len(t), 250, 1500) * np.exp(-t / 0.02)
+            return self.vary(thud + scrape, 0.3)
+
+        return self.repeat(stroke, period_s=0.55)
 
     def tick(self):
-        t, pair = self.time(0.06), []
+        """A clock: a tick and a lower tock in turn."""
+        t = self.time(0.06)
+        clicks = []
         for hz in (self.vary(2900), self.vary(2000)):
-            click = self.noise(t, hz, 2 * hz) * np.exp(-t / 0.003)
-            pair.append(sine(hz * t) * np.exp(-t / 0.006) + 0.4 * click)
-        return self.repeat(itertools.cycle(pair).__next__, 0.5, jitter=0.01)
+            tone = sine(hz * t) * np.exp(-t / 0.006)
+            knock = 0.4 * self.noise(len(t), hz, 2 * hz) * np.exp(-t / 0.003)
+            clicks.append(tone + knock)
+        tick_tock = itertools.cycle(clicks)
 
-    def surf(self):  # a wave gathers slowly and breaks; only that hisses, the sea rumbles always
-        t = self.time()
-        turn = (t / self.vary(3.2, 0.25) + self.rng.uniform()) % 1
-        swell = np.where(turn < 0.35, (turn / 0.35) ** 2, np.exp((0.35 - turn) / 0.2))
-        return self.noise(t, 60, 300) * (0.15 + 0.3 * swell) + self.noise(t, 400, 2500) * swell
+        def stroke():
+            return next(tick_tock)
 
-    def ring(self):
-        t, hz = self.time(self.vary(0.8)), self.vary(1100 * self.pitch, 0.08)
-        hammer = 1 + 0.9 * np.sign(sine(self.vary(20) * t))
-        gongs = sine(hz * t) + sine(self.vary(1.3 * hz, 0.03) * t)
-        return self.repeat(lambda: hammer * gongs, 1.25, jitter=0.01)
-
-    def rasp(self):
-        t, teeth_hz, low_hz = self.time(0.27 / self.pace), self.vary(130), self.vary(1100, 0.25)
-        def one():
-            teeth = arch(t) * (1 + 0.8 * sine(self.vary(teeth_hz) * t))
-            return teeth * self.noise(t, low_hz, 3 * low_hz)
-        return self.repeat(one, 0.36, jitter=0.04)
-
-    def stridulate(self):
-        t = self.time(self.vary(0.13))
-        song = arch(t) * np.maximum(0, sine(self.vary(32) * t)) * sine(self.vary(4700) * t)
-        return self.repeat(lambda: self.vary(song), 0.36, jitter=0.03)
-
-    def room(self):  # a background of noise and mains hum, well below the faintest sound
-        noise = self.noise(self.time(), 20, 10 ** self.rng.uniform(2.3, 3.7))  # rumble to hiss
-        hum = sine(pick(self.rng, (100, 120)) * self.time())
-        return 10 ** self.rng.uniform(-3.6, -2.7) * noise + 10 ** self.rng.uniform(-4.5, -3) * hum
+        return self.repeat(stroke, period_s=0.5, jitter=0.01)
 
 
-# --- Kinds and manners: ranges are kept apart, so that no word is a matter of taste ---------------
-LEVEL = {"loud": (0.18, 0.25), None: (0.06, 0.085), "faint": (0.015, 0.025)}  # RMS, of full scale
-PITCH = {"high": (1.55, 1.9), None: (0.9, 1.1), "low": (0.5, 0.62)}  # times the usual frequency
-PACE = {"fast": (1.7, 2.2), None: (0.9, 1.1), "slow": (0.45, 0.58)}  # times the usual rate
-ADVERBS = {
-    "loud": "loudly|noisily|very loudly", "faint": "faintly|softly|quietly",
-    "high": "at a high pitch|in a high pitch|shrilly", "fast": "quickly|rapidly|at a fast pace",
-    "low": "at a low pitch|in a low pitch|deeply", "slow": "slowly|unhurriedly|at a slow pace",
+# --- Manners, and the words for everything ----------------------------------------------------
+
+class Manner(NamedTuple):
+    """How a sound is made: words for it, and ranges to draw from.
+
+    The ranges of different manners lie apart, so that no adverb is a matter of taste.
+    """
+
+    adverbs: tuple[str, ...] = ()
+    level: tuple[float, float] = (0.06, 0.085)  # RMS of the loudest frame; full scale is 1
+    pitch: tuple[float, float] = (0.9, 1.1)  # times the usual frequency
+    pace: tuple[float, float] = (0.9, 1.1)  # times the usual rate
+
+
+PLAIN = Manner()
+MANNERS = {
+    "loud": Manner(("loudly", "noisily", "very loudly"), level=(0.18, 0.25)),
+    "faint": Manner(("faintly", "softly", "quietly"), level=(0.015, 0.025)),
+    "high": Manner(("at a high pitch", "in a high pitch", "shrilly"), pitch=(1.55, 1.9)),
+    "low": Manner(("at a low pitch", "in a low pitch", "deeply"), pitch=(0.5, 0.62)),
+    "fast": Manner(("quickly", "rapidly", "at a fast pace"), pace=(1.7, 2.2)),
+    "slow": Manner(("slowly", "unhurriedly", "at a slow pace"), pace=(0.45, 0.58)),
 }
-EVERY = ("loud", "faint", "high", "low", "fast", "slow")
-LEVELS, TUNED, PACED = EVERY[:2], EVERY[:4], EVERY[:2] + EVERY[4:]
-# Synthesiser, manners, title of files (as awkward as the real ones), and three phrases.
-KINDS = {
-    "dog": (Voice.bark, EVERY, "Dog, yard", "a dog|barks|barking|in the yard",
-        "a hound|barks|barking|outdoors", "a dog|yaps|yapping|at someone"),
-    "bird": (Voice.chirp, EVERY, "bird song, dawn", "a bird|chirps|chirping|in a tree",
-        "a bird|sings|singing|outside", "a songbird|tweets|tweeting|in the garden"),
-    "rain": (Voice.patter, LEVELS, "rain on tent's roof", "rain|falls|falling|on a roof",
-        "rain|pours|pouring|onto the ground", "the rain|patters|pattering|on the leaves"),
-    "bell": (Voice.toll, EVERY, "church bell", "a bell|rings|ringing|in a tower",
-        "a church bell|tolls|tolling|nearby", "a bell|chimes|chiming|in the village"),
-    "siren": (Voice.wail, EVERY, "Siren_street", "a siren|wails|wailing|in the street",
-        "an emergency siren|sounds|sounding|in the city", "a police siren|howls|howling|outside"),
-    "engine": (Voice.motor, TUNED, "engine idle", "an engine|runs|running|in a garage",
-        "a car engine|idles|idling|on the road", "a motor|hums|humming|nearby"),
-    "footsteps": (Voice.steps, PACED, "footsteps, hall", "someone|walks|walking|on a hard floor",
-        "a person|walks|walking|down a hallway", "footsteps|sound|sounding|on the floor"),
-    "clock": (Voice.tick, PACED, "grandma's clock", "a clock|ticks|ticking|on the wall",
-        "an old clock|ticks|ticking|in a room", "a wall clock|clicks|clicking|indoors"),
-    "waves": (Voice.surf, LEVELS, "sea_waves", "waves|break|breaking|on the beach",
-        "ocean waves|crash|crashing|on the shore", "the sea|washes|washing|onto the sand"),
-    "telephone": (Voice.ring, TUNED, "old telephone", "a telephone|rings|ringing|in an office",
-        "a phone|rings|ringing|on a desk", "an old telephone|jangles|jangling|indoors"),
-    "saw": (Voice.rasp, PACED, "hand-saw", "a saw|cuts|cutting|through wood",
-        "a handsaw|rasps|rasping|back and forth", "a carpenter|saws|sawing|in a workshop"),
-    "crickets": (Voice.stridulate, PACED, "Crickets at night", "crickets|chirp|chirping|at night",
-        "a cricket|chirps|chirping|in the grass", "insects|trill|trilling|in the dark"),
+LEVELS = ("loud", "faint")
+PITCHES = ("high", "low")
+PACES = ("fast", "slow")
+
+
+class Phrase(NamedTuple):
+    """One way to name a source and what it does: "a dog barks in the yard", "a dog barking"."""
+
+    subject: str
+    finite: str
+    participle: str
+    place: str
+
+
+class Source(NamedTuple):
+    """Something that sounds: its synthesiser, its possible manners, and the words for it."""
+
+    synthesiser: Callable[[Voice], np.ndarray]
+    manners: tuple[str, ...]
+    title: str  # begins the names of its files, which are as awkward as Clotho's
+    phrases: tuple[Phrase, ...]
+
+
+SOURCES = {
+    "dog": Source(
+        Voice.bark,
+        LEVELS + PITCHES + PACES,
+        "Dog, yard",
+        (
+            Phrase("a dog", "barks", "barking", "in the yard"),
+            Phrase("a hound", "barks", "barking", "outdoors"),
+            Phrase("a dog", "yaps", "yapping", "at a visitor"),
+        ),
+    ),
+    "bird": Source(
+        Voice.chirp,
+        LEVELS + PITCHES + PACES,
+        "bird song, dawn",
+        (
+            Phrase("a bird", "chirps", "chirping", "in a tree"),
+            Phrase("a bird", "sings", "singing", "outside"),
+            Phrase("a songbird", "tweets", "tweeting", "in the garden"),
+        ),
+    ),
+    "rain": Source(
+        Voice.patter,
+        LEVELS,
+        "rain on tent's roof",
+        (
+            Phrase("rain", "falls", "falling", "on a roof"),
+            Phrase("rain", "pours", "pouring", "onto the ground"),
+            Phrase("the rain", "patters", "pattering", "on the leaves"),
+        ),
+    ),
+    "bell": Source(
+        Voice.toll,
+        LEVELS + PITCHES + PACES,
+        "church bell",
+        (
+            Phrase("a bell", "rings", "ringing", "in a tower"),
+            Phrase("a church bell", "tolls", "tolling", "nearby"),
+            Phrase("a bell", "chimes", "chiming", "in the village"),
+        ),
+    ),
+    "siren": Source(
+        Voice.wail,
+        LEVELS + PITCHES + PACES,
+        "Siren_street",
+        (
+            Phrase("a siren", "wails", "wailing", "in the street"),
+            Phrase("an emergency siren", "sounds", "sounding", "in the city"),
+            Phrase("a police siren", "howls", "howling", "outside"),
+        ),
+    ),
+    "engine": Source(
+        Voice.motor,
+        LEVELS + PITCHES,
+        "engine idle",
+        (
+            Phrase("an engine", "runs", "running", "in a garage"),
+            Phrase("a car engine", "idles", "idling", "on the road"),
+            Phrase("a motor", "hums", "humming", "nearby"),
+        ),
+    ),
+    "footsteps": Source(
+        Voice.steps,
+        LEVELS + PACES,
+        "footsteps, hall",
+        (
+            Phrase("someone", "walks", "walking", "on a hard floor"),
+            Phrase("a person", "walks", "walking", "down a hallway"),
+            Phrase("footsteps", "sound", "sounding", "on the floor"),
+        ),
+    ),
+    "clock": Source(
+        Voice.tick,
+        LEVELS + PACES,
+        "grandma's clock",
+        (
+            Phrase("a clock", "ticks", "ticking", "on the wall"),
+            Phrase("an old clock", "ticks", "ticking", "in a room"),
+            Phrase("a wall clock", "clicks", "clicking", "indoors"),
+        ),
+    ),
 }
 
-# --- Scenes: one to three sounds at the front, in order, and at most one bed under all of them ----
-# A sound is (kind, manner); the manner None is neither this nor that or, in a caption, unsaid.
-SHAPES = {(1, 0): 0.2, (2, 0): 0.35, (1, 1): 0.25, (3, 0): 0.1, (2, 1): 0.1}  # share of each
-PLAIN = 0.25  # share of the sounds without a manner, and of the manners that a caption leaves out
-SLOT_S = 2.4  # at least this long for each sound at the front, or "slow" could not be heard
-FRAME = RATE_HZ // 50  # a sound's level is the RMS of its loudest frame of this length
-PEAK = 0.9  # of full scale
+
+# --- Scenes -----------------------------------------------------------------------------------
+
+class Sound(NamedTuple):
+    source: str  # a key of SOURCES
+    manner: str | None  # a key of MANNERS, or None: nothing remarkable, or not told by a caption
 
 
-def draw_scene(rng):
-    """Draw (front, beds): no kind comes twice, and no bed is loud, which would drown the front."""
-    ahead, behind = pick(rng, SHAPES)
-    sounds = []
-    for place, kind in enumerate(rng.permutation(list(KINDS))[: ahead + behind].tolist()):
-        manners = [m for m in KINDS[kind][1] if place < ahead or m != "loud"]
-        sounds.append((kind, None if rng.random() < PLAIN else pick(rng, manners)))
-    return sounds[:ahead], sounds[ahead:]
+class Scene(NamedTuple):
+    """What is heard in a clip, or what a caption tells of it."""
+
+    front: tuple[Sound, ...]  # one to three, one after another
+    bed: Sound | None  # lasts under all of them
+
+    @property
+    def sounds(self) -> tuple[Sound, ...]:
+        if self.bed is None:
+            return self.front
+        return (*self.front, self.bed)
 
 
-def facts(front, beds):
-    """The set of all that is true: what is heard, how, before what, and together with what."""
-    sounds = {(kind, how) for kind, manner in front + beds for how in (None, manner)}
-    before = {(a, "before", b) for (a, _), (b, _) in itertools.combinations(front, 2)}
-    return sounds | before | {frozenset((a, b)) for a, _ in front for b, _ in beds}
+# The share of scenes with so many sounds at the front, without and with a bed.
+SHAPES = {(1, False): 0.2, (2, False): 0.35, (3, False): 0.1, (1, True): 0.25, (2, True): 0.1}
+# The share of sounds that have no manner, and of manners that a caption leaves out.
+PLAIN_SHARE = 0.25
+UNTOLD_SHARE = 0.25
 
 
-def render(front, beds, samples, rng):
-    """Synthesise a scene: float32 (samples,), within PEAK of full scale."""
-    def sound(kind, manner, samples):  # as loud, as high and as fast as its manner says
-        ranges = (table.get(manner, table[None]) for table in (LEVEL, PITCH, PACE))
-        level, pitch, pace = (rng.uniform(*limits) for limits in ranges)
-        ramp = np.minimum(1, np.arange(samples) / (RATE_HZ // 20))  # fades within 50 ms
-        faded = KINDS[kind][0](Voice(rng, samples, pitch, pace)) * np.minimum(ramp, ramp[::-1])
-        power = np.square(faded[: samples // FRAME * FRAME]).reshape(-1, FRAME).mean(axis=1)
-        return faded * (level / np.sqrt(power.max()))
-    mix = sum((sound(*bed, samples) for bed in beds), Voice(rng, samples).room())
-    widths = rng.uniform(0.85, 1.15, len(front))
-    bounds = itertools.pairwise([0, *(np.cumsum(widths) / widths.sum() * samples)])
-    for event, (start, end) in zip(front, bounds, strict=True):
-        pauses = rng.uniform(0.02, 0.08, 2) * (end - start)
-        first, last = int(start + pauses[0]), int(end - pauses[1])
-        mix[first:last] += sound(*event, last - first)
-    return (mix * min(1, PEAK / np.abs(mix).max())).astype(np.float32)
+def draw_scene(rng: np.random.Generator) -> Scene:
+    """Draw a scene in which no source comes twice."""
+    front_sounds, has_bed = choose_by_share(rng, SHAPES)
+    sources = rng.permutation(list(SOURCES)).tolist()
+    front = []
+    for source in sources[:front_sounds]:
+        front.append(draw_sound(source, SOURCES[source].manners, rng))
+    bed = None
+    if has_bed:
+        source = sources[front_sounds]
+        # A loud bed would drown the front.
+        manners = [manner for manner in SOURCES[source].manners if manner != "loud"]
+        bed = draw_sound(source, manners, rng)
+    return Scene(tuple(front), bed)
 
 
-# --- Sentences: a small grammar, in Clotho's style or in AudioCaps' -------------------------------
-CLOTHO = SimpleNamespace(
+def draw_sound(source: str, manners: Sequence[str], rng: np.random.Generator) -> Sound:
+    if rng.random() < PLAIN_SHARE:
+        return Sound(source, None)
+    return Sound(source, choose(rng, manners))
+
+
+def facts(scene: Scene) -> set[str]:
+    """Return all that is true of a scene, as short sentences.
+
+    A caption is true of a clip if the facts that it tells are among the facts of the clip's scene.
+    """
+    true = set()
+    for sound in scene.sounds:
+        true.add(f"{sound.source} is heard")
+        if sound.manner is not None:
+            true.add(f"{sound.source} is {sound.manner}")
+    for earlier, later in itertools.combinations(scene.front, 2):
+        true.add(f"{earlier.source} comes before {later.source}")
+    if scene.bed is not None:
+        for sound in scene.front:
+            first, second = sorted((sound.source, scene.bed.source))
+            true.add(f"{first} and {second} are heard together")
+    return true
+
+
+# --- Scene -> waveform ------------------------------------------------------------------------
+
+FADE_SAMPLES = RATE_HZ // 20  # 50 ms
+FRAME_SAMPLES = RATE_HZ // 50  # 20 ms; a sound's level is the RMS of its loudest frame
+PEAK = 0.9  # The largest sample of a mix is at most this; full scale is 1.
+
+
+def render(scene: Scene, samples: int, rng: np.random.Generator) -> np.ndarray:
+    """Return a scene's waveform: (samples,) float32."""
+    mix = Voice(rng, samples).room()
+    if scene.bed is not None:
+        mix += synthesise(scene.bed, samples, rng)
+
+    # The sounds at the front share the clip's time almost equally, with a pause around each.
+    widths = rng.uniform(0.85, 1.15, len(scene.front))
+    ends = np.cumsum(widths) / widths.sum() * samples
+    start = 0
+    for sound, end in zip(scene.front, ends, strict=True):
+        pause_before, pause_after = rng.uniform(0.02, 0.08, 2) * (end - start)
+        first = int(start + pause_before)
+        last = int(end - pause_after)
+        mix[first:last] += synthesise(sound, last - first, rng)
+        start = end
+
+    peak = np.abs(mix).max()
+    if peak > PEAK:
+        mix *= PEAK / peak
+    return mix.astype(np.float32)
+
+
+def synthesise(sound: Sound, samples: int, rng: np.random.Generator) -> np.ndarray:
+    """Return one sound (samples,), as loud, as high and as fast as its manner says."""
+    manner = MANNERS.get(sound.manner, PLAIN)
+    level = rng.uniform(*manner.level)
+    voice = Voice(rng, samples, pitch=rng.uniform(*manner.pitch), pace=rng.uniform(*manner.pace))
+    waveform = SOURCES[sound.source].synthesiser(voice)
+
+    fade_in = np.minimum(1, np.arange(samples) / FADE_SAMPLES)
+    waveform = waveform * fade_in * fade_in[::-1]
+    whole_frames = waveform[: samples // FRAME_SAMPLES * FRAME_SAMPLES]
+    frame_power = np.square(whole_frames.reshape(-1, FRAME_SAMPLES)).mean(axis=1)
+    return waveform * (level / np.sqrt(frame_power.max()))
+
+
+# --- Scene -> captions ------------------------------------------------------------------------
+
+class DataSet(NamedTuple):
+    """Where the files of a data set lie, how long its clips are, and how its captions are worded.
+
+    In the patterns of captions {} is a sound at the front. A bed is added to that: {bed_clause} is
+    "rain falls", {bed_participle} "rain falling".
+    """
+
+    sounds: str  # the folder of a split {}
+    table: str  # the csv file of a split {}
+    seconds: dict[tuple[float, float], float]  # ranges of durations, and the share of each
+    # Sentences have finite verbs, places and a full stop; the others only participles.
+    has_sentences: bool
+    one_sound: tuple[str, ...]
+    two_sounds: tuple[str, ...]
+    three_sounds: tuple[str, ...]
+    with_bed: tuple[str, ...]
+
+
+CLOTHO = DataSet(
     sounds="CLOTHO_v2.1/clotho_audio_files/{}",
     table="CLOTHO_v2.1/clotho_csv_files/clotho_captions_{}.csv",
-    columns=["file_name", "caption_1", "caption_2", "caption_3", "caption_4", "caption_5"],
-    durations_s={(4, 10): 0.7, (10.5, 20): 0.22, (20.5, 24): 0.08},  # share of the clips
-    one=("{} for a while", "one can hear how {}", "{} in this clip"),
-    two=("{} and then {}", "{}, after which {}", "first {}, then {}", "{} before {}"),
-    three=("{}, then {}, and finally {}", "first {}, next {}, then {}", "{}, {} and then {}"),
-    beds=("{0} while {1}", "{0} and meanwhile {1}", "{0} over the sound of {2}"),
+    seconds={(4, 10): 0.7, (10.5, 20): 0.22, (20.5, 24): 0.08},
+    has_sentences=True,
+    one_sound=("{}", "one can hear how {}", "{} in this recording"),
+    two_sounds=("{} and then {}", "{}, after which {}", "first {}, then {}", "{} before {}"),
+    three_sounds=(
+        "{}, then {}, and finally {}",
+        "first {}, next {}, then {}",
+        "{}, {} and then {}",
+    ),
+    with_bed=(
+        "{front} while {bed_clause}",
+        "{front} and meanwhile {bed_clause}",
+        "{front} over the sound of {bed_participle}",
+    ),
 )
-AUDIOCAPS = SimpleNamespace(
+AUDIOCAPS = DataSet(
     sounds="AUDIOCAPS/audio_32000Hz/{}",
     table="AUDIOCAPS/csv_files_v1/{}.csv",
-    columns=["audiocap_id", "youtube_id", "start_time", "caption"],
-    durations_s={(5, 10): 0.4, (10, 10): 0.6},
-    one=("{}", "{} for a while", "the sound of {}"),
-    two=("{} followed by {}", "{} then {}", "{} and then {}"),
-    three=("{} followed by {} then {}", "{}, {} and then {}", "{} then {} and finally {}"),
-    beds=("{0} as {1}", "{0} while {1}", "{0} with {2} in the background", "{0} over {2}"),
+    seconds={(5, 10): 0.4, (10, 10): 0.6},
+    has_sentences=False,
+    one_sound=("{}", "the sound of {}", "{} can be heard"),
+    two_sounds=("{} followed by {}", "{} then {}", "{} and then {}"),
+    three_sounds=("{} followed by {} then {}", "{}, {} and then {}", "{} then {} and finally {}"),
+    with_bed=(
+        "{front} as {bed_clause}",
+        "{front} while {bed_clause}",
+        "{front} over {bed_participle}",
+        "{front} with {bed_participle} in the background",
+    ),
 )
 
 
-def captions(front, beds, rng, style, n):
-    """Word a scene in n different ways: {caption: the facts that it tells}."""
-    full = style == CLOTHO  # sentences with places and a full stop, or participles only
-    def phrase(kind, manner, finite=full):
-        subject, *verbs, place = pick(rng, KINDS[kind][3:]).split("|")
-        adverb = pick(rng, ADVERBS[manner].split("|")) if manner else ""
-        return " ".join(filter(None, (subject, verbs[not finite], adverb, place * full)))
-    texts = {}
-    while len(texts) < n:
-        said = [(kind, None if rng.random() < PLAIN else how) for kind, how in beds + front]
-        under, ahead = said[: len(beds)], said[len(beds) :]
-        one = ("{}",) if under else style.one
-        frame = pick(rng, (one, style.two, style.three)[len(ahead) - 1])
-        text = frame.format(*(phrase(*event) for event in ahead))
-        for bed in under:  # {0} over the bed, as a clause {1} or a participle {2}
-            clause, participle = phrase(*bed, True), phrase(*bed, False)
-            text = pick(rng, style.beds).format(text, clause, participle)
-        texts[text[0].upper() + text[1:] + "." * full] = facts(ahead, under)
-    return texts
+def captions(scene: Scene, data_set: DataSet, n: int, rng: np.random.Generator) -> dict[str, Scene]:
+    """Return n different captions of a scene, and with each the scene as far as it is told."""
+    told_by = {}
+    while len(told_by) < n:
+        told = leave_out_manners(scene, rng)
+        told_by[word(told, data_set, rng)] = told
+    return told_by
 
 
-# --- Files: sounds, tables, annotations -----------------------------------------------------------
+def leave_out_manners(scene: Scene, rng: np.random.Generator) -> Scene:
+    """Return the scene without some of its manners, as nobody tells everything."""
+    told = []
+    for sound in scene.sounds:
+        if rng.random() < UNTOLD_SHARE:
+            sound = Sound(sound.source, None)
+        told.append(sound)
+    if scene.bed is None:
+        return Scene(tuple(told), None)
+    return Scene(tuple(told[:-1]), told[-1])
+
+
+def word(told: Scene, data_set: DataSet, rng: np.random.Generator) -> str:
+    """Return a caption that tells all of a scene, in the style of a data set."""
+    patterns = (data_set.one_sound, data_set.two_sounds, data_set.three_sounds)
+    pattern = choose(rng, patterns[len(told.front) - 1])
+    verb_form = "finite" if data_set.has_sentences else "participle"
+    phrases = [phrase(sound, verb_form, data_set, rng) for sound in told.front]
+    caption = pattern.format(*phrases)
+
+    if told.bed is not None:
+        caption = choose(rng, data_set.with_bed).format(
+            front=caption,
+            bed_clause=phrase(told.bed, "finite", data_set, rng),
+            bed_participle=phrase(told.bed, "participle", data_set, rng),
+        )
+    caption = caption[0].upper() + caption[1:]
+    if data_set.has_sentences:
+        caption += "."
+    return caption
+
+
+def phrase(sound: Sound, verb_form: str, data_set: DataSet, rng: np.random.Generator) -> str:
+    """Return words for one sound: "a dog barks loudly in the yard", or "a dog barking loudly"."""
+    wording = choose(rng, SOURCES[sound.source].phrases)
+    words = [wording.subject]
+    if verb_form == "finite":
+        words.append(wording.finite)
+    else:
+        words.append(wording.participle)
+    if sound.manner is not None:
+        words.append(choose(rng, MANNERS[sound.manner].adverbs))
+    if data_set.has_sentences:
+        words.append(wording.place)
+    return " ".join(words)
+
+
+# --- Clips, and the annotations of an evaluation split ----------------------------------------
+
+# In the order of the data sets' splits: a split's place is part of its clips' keys.
+SPLITS = {
+    "development": CLOTHO,
+    "validation": CLOTHO,
+    "evaluation": CLOTHO,
+    "train": AUDIOCAPS,
+    "val": AUDIOCAPS,
+    "test": AUDIOCAPS,
+}
 CLIPS = dict(development=160, validation=48, evaluation=100, train=480, val=16, test=16)
+SLOT_S = 2.4  # A shorter sound at the front could not be heard to be slow.
 YOUTUBE_ALPHABET = "-_ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 
 
-def write_clip(folder, n, style, key):
-    """Write one sound; return (file name, facts, {n captions}). All follows from its key."""
-    rng, index = np.random.default_rng(key), key[-1]
-    front, beds = draw_scene(rng)
-    duration_s = max(SLOT_S * len(front), rng.uniform(*pick(rng, style.durations_s)))
-    texts = captions(front, beds, rng, style, n)
-    if style == CLOTHO:
-        name = f"{KINDS[front[0][0]][2]} {index:03d}.wav"
-    else:  # YouTube's id, whose first character may trip readers, and the second of the beginning
-        letters = "".join(pick(rng, YOUTUBE_ALPHABET) for _ in range(11))
-        name = f"{'-_'[index : index + 1] or letters[0]}{letters[1:]}_{10 * rng.integers(30)}.wav"
-    with wave.open(str(folder / name), "wb") as file:
-        file.setparams((1, 2, RATE_HZ, 0, "NONE", ""))  # mono, two bytes a sample
-        file.writeframes(to_int16(render(front, beds, round(duration_s * RATE_HZ), rng)).tobytes())
-    return name, facts(front, beds), texts
+class Clip(NamedTuple):
+    file_name: str
+    scene: Scene
+    captions: dict[str, Scene]  # the scene as far as each caption tells it
 
 
-def write_csv(path, columns, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows([columns, *rows])
+def write_clip(folder: Path, split: str, index: int) -> Clip:
+    """Write the sound of one clip; all of the clip follows from its split and index."""
+    rng = np.random.default_rng((SEED, list(SPLITS).index(split), index))
+    data_set = SPLITS[split]
+    captions_per_clip = 1 if split == "train" else 5
+
+    scene = draw_scene(rng)
+    shortest, longest = choose_by_share(rng, data_set.seconds)
+    seconds = max(SLOT_S * len(scene.front), rng.uniform(shortest, longest))
+    waveform = render(scene, round(seconds * RATE_HZ), rng)
+    told_by = captions(scene, data_set, captions_per_clip, rng)
+
+    if data_set is CLOTHO:
+        file_name = f"{SOURCES[scene.front[0].source].title} {index:03d}.wav"
+    else:
+        # The first ids begin with - and _, which trip readers.
+        youtube_id = YOUTUBE_ALPHABET[index % len(YOUTUBE_ALPHABET)]
+        for _ in range(10):
+            youtube_id += choose(rng, YOUTUBE_ALPHABET)
+        start_s = 10 * rng.integers(30)
+        file_name = f"{youtube_id}_{start_s}.wav"
+    write_wav(folder / data_set.sounds.format(split) / file_name, waveform)
+    return Clip(file_name, scene, told_by)
 
 
-def write_miniature(folder, sizes=CLIPS):
-    """Write both data sets into a new folder; return a line that says what was done."""
+def annotate(clips: Sequence[Clip], rng: np.random.Generator) -> dict[str, list[str]]:
+    """Return a caption of each clip as a query: {query: files of all clips of which it is true}."""
+    relevant_files = {}
+    for clip in clips:
+        query = choose(rng, list(clip.captions))
+        told_facts = facts(clip.captions[query])
+        relevant_files[query] = []
+        for candidate in clips:
+            if told_facts <= facts(candidate.scene):
+                relevant_files[query].append(candidate.file_name)
+    return relevant_files
+
+
+# --- Files ------------------------------------------------------------------------------------
+
+def write_miniature(folder: Path, sizes: dict[str, int] = CLIPS) -> str:
+    """Write both data sets into a new folder, with so many clips of each split.
+
+    Returns a line that says what was done. What an interruption left beside the folder is used.
+    """
     if folder.exists() and any(folder.iterdir()):
         return f"{folder}: is there already, and left as it is."
-    unfinished = folder.with_name(f".{folder.name}.unfinished")  # an interrupted one is completed
-    for number, (split, count) in enumerate(sizes.items()):
-        style, n = CLOTHO if number < 3 else AUDIOCAPS, 1 if split == "train" else 5
-        sounds = unfinished / style.sounds.format(split)
-        sounds.mkdir(parents=True, exist_ok=True)
-        write = functools.partial(write_clip, sounds, n, style)
-        with ProcessPoolExecutor() as pool:
-            made = pool.map(write, [(0, number, index) for index in range(count)])
-            clips = [*tqdm(made, split, count, unit="clip", leave=False, disable=None)]
-        rows = [(name, *texts) for name, _, texts in clips]
-        if style is AUDIOCAPS:  # one caption a row; a clip's rows lie apart, as in the real tables
-            names, *turns = zip(*rows, strict=True)
-            ids = itertools.cycle(name.removesuffix(".wav").rsplit("_", 1) for name in names)
-            rows = [(i, *next(ids), text) for i, text in enumerate(itertools.chain(*turns))]
-        write_csv(unfinished / style.table.format(split), style.columns, rows)
-        if split == "evaluation":  # a caption of each clip, and all clips that it is true of
-            rng = np.random.default_rng((0, 6))
-            asked = dict(pick(rng, list(texts.items())) for _, _, texts in clips)
-            rows = [(query, [name for name, true, _ in clips if said <= true])
-                    for query, said in asked.items()]
-            write_csv(unfinished / "metadata_eval.csv", ["query", "audio_filenames"], rows)
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    with ProcessPoolExecutor() as pool:
+        for split, count in sizes.items():
+            (unfinished / SPLITS[split].sounds.format(split)).mkdir(parents=True, exist_ok=True)
+            write = functools.partial(write_clip, unfinished, split)
+            written = pool.map(write, range(count))
+            progress = tqdm(written, split, count, unit="clip", leave=False, disable=None)
+            write_tables(unfinished, split, list(progress))
     unfinished.replace(folder)
     return f"{folder}: {sum(sizes.values())} clips with captions and annotations."
 
 
-def main():
+def write_tables(folder: Path, split: str, clips: Sequence[Clip]) -> None:
+    """Write a split's captions, and for the evaluation split the annotations."""
+    data_set = SPLITS[split]
+    table = folder / data_set.table.format(split)
+    if data_set is CLOTHO:
+        header = ["file_name", "caption_1", "caption_2", "caption_3", "caption_4", "caption_5"]
+        write_csv(table, header, [[clip.file_name, *clip.captions] for clip in clips])
+    else:
+        header = ["audiocap_id", "youtube_id", "start_time", "caption"]
+        write_csv(table, header, audiocaps_rows(clips))
+    if split == "evaluation":
+        annotations = annotate(clips, np.random.default_rng((SEED, len(SPLITS))))
+        header = ["query", "audio_filenames"]
+        write_csv(folder / "metadata_eval.csv", header, annotations.items())
+
+
+def audiocaps_rows(clips: Sequence[Clip]) -> list[list]:
+    """Return one row for each caption; a clip's rows lie apart, as in the real tables."""
+    rows = []
+    for turn in range(len(clips[0].captions)):
+        for clip in clips:
+            youtube_id, start_s = clip.file_name.removesuffix(".wav").rsplit("_", 1)
+            rows.append([len(rows), youtube_id, start_s, list(clip.captions)[turn]])
+    return rows
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def write_wav(path: Path, waveform: np.ndarray) -> None:
+    """Write a mono waveform (n,) with 16 bits a sample."""
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(RATE_HZ)
+        file.writeframes(to_int16(waveform).tobytes())
+
+
+def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("folder", type=Path, help="where to write; made if it is not there")
     print(write_miniature(parser.parse_args().folder))
