@@ -522,14 +522,14 @@ def page_of(
     annotations: dict[int, list[int]],
 ) -> Evaluation:
     """Gather what the page of one row shows."""
-    facts = []
+    facts = {}
     for model in row.members:
-        facts.append(f"checkpoint: {model.name}, trained on {', '.join(model.trained_on)}")
+        facts[f"checkpoint {model.name}"] = f"{model.label}, on {', '.join(model.trained_on)}"
     for name, value in about.items():
-        facts.append(f"{name}: {'none' if value is None else value}")
+        facts[name] = "none" if value is None else str(value)
     return Evaluation(
         title=f"{row.label} on {split.name}",
-        about="\n".join([*facts, "", *notes]),
+        about="\n".join(notes),
         columns=COLUMNS,
         lines=lines,
         run_folders=[model.file.parent for model in row.members],
@@ -540,6 +540,7 @@ def page_of(
         text=row.text,
         audio=row.audio,
         annotations=annotations,
+        facts=facts,
     )
 
 
