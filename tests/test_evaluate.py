@@ -661,7 +661,7 @@ BAD = [
     (train, f"{TINY} here/mine --batch-size 2 --out here", "holds other files than a run's"),
     (train, f"{TINY} here/mine --batch-size 2 --device cuda:9", "--device cuda:9: cannot be used"),
     (train, f"{TINY} here/mine --init gone.pt", "gone.pt: no such checkpoint"),
-    (train, f"{TINY} here/mine --init here/mine/0.wav", "is damaged or not this program's"),
+    (train, f"{TINY} here/mine --init here/mine/0.wav", "is damaged or no checkpoint"),
     (train, f"{TINY} here/mine --frobnicate", "unrecognized arguments"),
     (distill, "--teachers gone.pt --datasets here/mine", "gone.pt: no such checkpoint"),
     (evaluate, "--data-dir here --checkpoint gone.pt", "gone.pt: no such checkpoint"),
