@@ -20,14 +20,14 @@ document.addEventListener("play", (event) => {
   for (const player of players) if (player !== event.target) player.pause();
 }, true);
 
-// A query is shown while its text holds every word in the filter.
+// A query is shown while its caption holds every word in the filter.
 const filter = document.getElementById("filter");
 const queries = [...document.querySelectorAll(".query")];
 function show() {
   const words = filter.value.toLowerCase().split(/\s+/);
   for (const query of queries) {
-    const text = query.querySelector("summary").textContent.toLowerCase();
-    query.hidden = !words.every((word) => text.includes(word));
+    const caption = query.querySelector("summary").firstChild.textContent.toLowerCase();
+    query.hidden = !words.every((word) => caption.includes(word));
   }
   for (const group of document.querySelectorAll(".group")) {
     group.hidden = !group.querySelector(".query:not([hidden])");

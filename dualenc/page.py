@@ -1,58 +1,88 @@
-"""An evaluation -> a page to look at and listen to; the logs of runs -> learning curves.
+"""Pages and pictures: an evaluation to look at and listen to, learning curves, a search page.
 
 A page is one file that holds its style, script, pictures and sounds, and needs no network. Whatever
-comes from outside (captions, names, paths) is escaped. matplotlib, which takes a second to import,
+comes from outside (captions, names, paths) is escaped. matplotlib takes a second to import, so it
 is imported where a picture is drawn.
+
+N clips    Q captions, each of them a query    D embedding values
 """
 
 import base64
 import contextlib
-import dataclasses
 import functools
 import io
+import itertools
 import json
 import os
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from html import escape
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import islice
 from pathlib import Path
-from urllib.parse import parse_qsl, quote, urlsplit
+from typing import NamedTuple
+from urllib.parse import parse_qs, quote, urlsplit
 
 import numpy as np
 from torch import Tensor
+from tqdm import tqdm
 
 from dualenc.decoding import BLOCK_SECONDS, encode_mp3, load_audio, stream_audio
 from dualenc.errors import InputError, printable, replacing
 from dualenc.metrics import ranks
 
 QUERIES_PER_GROUP = 20
-TOP = 10  # clips shown of each query's ranking
-LISTEN_SECONDS = 30  # of a clip, as they are embedded
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; media-src data:; img-src data:"
-EMBEDDED_BYTES = 25 * 2**20  # of mp3 in one page; in base64 they take a third more
-LOG = "log.jsonl"
-STYLE = {
-    "svg.fonttype": "none", "svg.hashsalt": "dualenc",  # text stays text; the same bytes every time
-    "axes.facecolor": "none", "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.4,
-    "legend.fontsize": "small", "text.parse_math": False,  # a $ in a run's name is a $
-}
-PANELS = {  # what each draws of a log, and how: intervals, and the means of epochs that stand out
-    "training loss": {"interval": "-", "loss": ".-", "contrastive": "--", "distillation": ":"},
-    "learning rate": {"lr": "-"},
-    "validation mAP@10, %": {"mAP@10": ".-"},
-}
-RANK_BINS = (1, 2, 6, 11, 21, 51, 101, 201, 501, 1001, 2001, 5001)  # where each begins
+CLIPS_PER_QUERY = 10  # the first clips of a query's ranking are shown
+LISTEN_SECONDS = 30  # the part of a clip that is embedded, and can be listened to
+EMBEDDED_BYTES = 25 * 2**20  # mp3 that one page holds at most; base64 makes it a third larger
+RIGHT = "✓ the right clip"
+RELEVANT = "✓ relevant, too"
 
 
-@dataclasses.dataclass
+# --- A document ---
+
+def document(title: str, body: str, script: str = "") -> str:
+    """Return a whole HTML document with page.css; body and script are HTML."""
+    style = Path(__file__).with_suffix(".css").read_text("utf-8")
+    return (
+        '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<link rel="icon" href="data:,">\n'
+        f"<title>{escape(title)}</title>\n"
+        f"<style>\n{style}</style>\n"
+        f"<main>\n{body}\n</main>\n"
+        f"{script}"
+    )
+
+
+def player(label: str, source: str) -> str:
+    """Return an <audio>; source is an attribute: src="...", or data-sound="i", which page.js plays.
+
+    The sound's beginning is loaded, so that a player shows its length.
+    """
+    return f'<audio controls preload="metadata" aria-label="{escape(label)}" {source}></audio>\n'
+
+
+def clock(seconds: float) -> str:
+    """Write seconds as 0:20 or 1:02:20, with a tenth where one is left: 0:07.3."""
+    minutes, tenths = divmod(round(10 * seconds), 600)
+    hours, minutes = divmod(minutes, 60)
+    text = f"{minutes}"
+    if hours > 0:
+        text = f"{hours}:{minutes:02}"
+    return f"{text}:{tenths / 10:04.1f}".removesuffix(".0")
+
+
+# --- An evaluation ---
+
+@dataclass
 class Evaluation:
-    """One model on one split: what its page shows. N clips, Q captions, each of them a query."""
+    """One model on one split, as its page shows it."""
 
     title: str
-    about: str
-    columns: Sequence[str]  # of the table
+    about: str  # shown below the title, line by line
+    columns: Sequence[str]  # the table's
     lines: Sequence[tuple[str, Sequence[str]]]  # (label, cells); "  label" belongs to the one above
     run_folders: Sequence[Path]  # their learning curves are drawn if they hold a log
     clip_names: Sequence[str]  # (N,)
@@ -61,67 +91,48 @@ class Evaluation:
     clip_of_caption: Sequence[int]  # (Q,)
     text: Tensor  # (Q, D) unit norm
     audio: Tensor  # (N, D) unit norm
-    annotations: dict[int, Sequence[int]]  # {caption: its relevant clips}, the new annotations
+    annotations: dict[int, Sequence[int]]  # the new annotations: {caption: its relevant clips}
     # What the evaluation is of, shown as a list in this order: {"checkpoint": "runs/a/best.pt",
     # "split": ..., "clips": ..., "queries": ..., "annotations": ..., "date": ..., settings}.
-    facts: dict[str, str] = dataclasses.field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=dict)
 
 
 def write_evaluation(path: Path, evaluation: Evaluation) -> None:
-    """Write the page of one model on one split."""
-    title, about, columns = evaluation.title, evaluation.about, evaluation.columns
-    lines, runs, names = evaluation.lines, evaluation.run_folders, evaluation.clip_names
-    paths, captions, text = evaluation.clip_paths, evaluation.captions, evaluation.text
-    clip_of_caption, audio = evaluation.clip_of_caption, evaluation.audio
-    relevant = evaluation.annotations
-    right = [int(clip) for clip in clip_of_caption]
-    rank = np.concatenate(ranks(text, audio, [[clip] for clip in right]))  # (Q,), from 1
-    first = dict(zip(reversed(right), reversed(captions), strict=True))  # each clip's first caption
-    held: list[bytes] = []  # the sounds in the page, mp3
-    source = functools.cache(lambda clip: _source(paths[clip], path.parent, held))
+    """Write the page of one model on one split, with a progress bar.
 
-    def item(row: int, place: int, clip: int, score: float) -> str:
-        mark = "✓ relevant, too" if clip in relevant.get(row, ()) else ""
-        mark = "✓ the right clip" if clip == right[row] else mark
-        sound = source(clip) and player(f"rank {place}: {names[clip]}", source(clip))
-        return (
-            f'<li value="{place}"{" class=relevant" if mark else ""}><span class="file">'
-            f'{escape(names[clip])}</span> <span class="mark">{mark}</span>\n{sound}'
-            f'<p class="quiet">score {score:.3f}; {escape(first.get(clip, ""))}</p></li>\n'
-        )
-
-    def query(row: int) -> str:
-        scores = audio @ text[row]
-        shown = list(enumerate(scores.argsort(descending=True, stable=True)[:TOP].tolist(), 1))
-        if rank[row] > TOP:
-            shown.append((rank[row], right[row]))
-        items = "".join(item(row, place, clip, float(scores[clip])) for place, clip in shown)
-        return (
-            f'<details class="query"><summary>{escape(captions[row])} <span class="quiet">rank '
-            f'{rank[row]:,}</span></summary>\n<ol class="clips">\n{items}</ol></details>\n'
-        )
-
-    own = (text * audio[right]).sum(dim=1).numpy()
-    order = np.lexsort((-own, rank))  # of equal ranks the higher score is the better
-    logged = [run for run in runs if (run / LOG).is_file()]
+    A log that cannot be read and a path that cannot be written are an InputError. A clip that
+    cannot be read is shown without a player.
+    """
+    rank = ranks_of_right_clips(evaluation)  # (Q,)
+    sounds = Sounds(path.parent)
     body = "\n".join([
-        f'<a class="skip" href="#filter">Skip to the queries</a>\n<h1>{escape(title)}</h1>',
-        f'<p class="quiet">{escape(about)}</p>', _facts(evaluation.facts),
-        "<h2>Results</h2>", _table(columns, lines),
+        '<a class="skip" href="#filter">Skip to the queries</a>',
+        f"<h1>{escape(evaluation.title)}</h1>",
+        f'<p class="quiet">{escape(evaluation.about)}</p>',
+        facts_list(evaluation.facts),
+        "<h2>Results</h2>",
+        results_table(evaluation.columns, evaluation.lines),
         "<h2>Learning curves</h2>",
-        _pictures(_curves(logged)) if logged else "<p>There is no log of a run.</p>",
-        "<h2>Where the right clip ranks</h2>", _pictures(_rankings(rank, len(audio))),
-        '<h2>Queries to listen to</h2>\n<div class="fields"><label for="filter">Filter by word'
-        '</label><input id="filter" type="search"><output id="shown" aria-live="polite"></output>'
-        "</div>", _groups(order, query),
+        curves_of_runs(evaluation.run_folders),
+        "<h2>Where the right clip ranks</h2>",
+        figures_for_page(ranking_panels(rank, len(evaluation.audio))),
+        "<h2>Queries to listen to</h2>",
+        query_groups(evaluation, rank, sounds),
     ])
     with replacing(path) as temporary:
         # A file's name may hold bytes that are not UTF-8: they are shown as escapes.
-        temporary.write_text(document(title, body, held), "utf-8", "backslashreplace")
+        html = document(evaluation.title, body, sounds.script())
+        temporary.write_text(html, "utf-8", "backslashreplace")
 
 
-def _facts(facts: dict[str, str]) -> str:
-    """Return what the evaluation is of as a list of definitions; nothing without facts."""
+def ranks_of_right_clips(evaluation: Evaluation) -> np.ndarray:
+    """Return each query's rank of the clip that its caption was written for: (Q,), from 1."""
+    right_clips = [[int(clip)] for clip in evaluation.clip_of_caption]
+    return np.concatenate(ranks(evaluation.text, evaluation.audio, right_clips))
+
+
+def facts_list(facts: dict[str, str]) -> str:
+    """Return what an evaluation is of, as a list of definitions; nothing without facts."""
     if not facts:
         return ""
     items = ""
@@ -130,114 +141,219 @@ def _facts(facts: dict[str, str]) -> str:
     return f'<dl class="facts">\n{items}</dl>'
 
 
-def _table(columns: Sequence[str], lines: Sequence[tuple[str, Sequence[str]]]) -> str:
-    def row(label: str, cells: Sequence[str], tag: str = "td") -> str:
-        below = " class=below" if label.startswith("  ") else ""
-        texts = "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells)
-        return f"<tr{below}><th>{escape(label)}</th>{texts}</tr>\n"
-
+def results_table(columns: Sequence[str], lines: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """Return the table of results; it scrolls by itself where it is wider than the screen."""
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    rows = ""
+    for label, cells in lines:
+        attribute = ""
+        if label.startswith("  "):
+            attribute = ' class="below"'
+        data = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        rows += f"<tr{attribute}><th>{escape(label)}</th>{data}</tr>\n"
     return (
-        '<div class="scroll" tabindex="0" role="region" aria-label="Results"><table>\n<thead>'
-        f'{row("", columns, "th")}</thead>\n<tbody>{"".join(row(*line) for line in lines)}</tbody>'
-        "</table></div>"
+        '<div class="scroll" tabindex="0" role="region" aria-label="Results"><table>\n'
+        f"<thead><tr><th></th>{head}</tr></thead>\n<tbody>\n{rows}</tbody></table></div>"
     )
 
 
-def _groups(order: np.ndarray, query: Callable[[int], str]) -> str:
-    """(Q,) queries, the best answered first -> those that are shown, each by query(row)."""
-    shuffled = np.random.default_rng(0).permutation(order)
-    found = ""
-    for name, rows in {"Best": order, "Worst": order[::-1], "Random": shuffled}.items():
-        cards = "".join(map(query, rows[:QUERIES_PER_GROUP].tolist()))
-        found += f'<section class="group">\n<h3>{name}</h3>\n{cards}</section>\n'
-    return found
+def query_groups(evaluation: Evaluation, rank: np.ndarray, sounds: "Sounds") -> str:
+    """Return the queries that were answered best, those answered worst, and some drawn at random.
 
-
-def _source(path: Path, folder: Path, held: list[bytes]) -> str:
-    """What a player plays: a sound added to `held`, or a link when that is full; "" without any."""
-    if sum(map(len, held)) >= EMBEDDED_BYTES:
-        relative = quote(os.fsencode(os.path.relpath(path, folder)))
-        return f'src="{relative}"' if os.path.isfile(path) else ""
-    try:
-        held.append(encode_mp3(load_audio(path, LISTEN_SECONDS)))
-    except InputError:
-        return ""
-    return f'data-sound="{len(held) - 1}"'
-
-
-def document(title: str, body: str, sounds: Sequence[bytes] | None = None) -> str:
-    """A whole HTML document; with a list of sounds (mp3) it holds them, and page.js."""
-    here, script = Path(__file__), ""
-    if sounds is not None:
-        held = json.dumps([base64.b64encode(mp3).decode() for mp3 in sounds])
-        script = f'<script type="application/json" id="sounds">{held}</script>\n'
-        script += f"<script>\n{here.with_suffix('.js').read_text('utf-8')}</script>\n"
+    rank: (Q,), each query's rank of its right clip.
+    """
+    right_clip_audio = evaluation.audio[list(evaluation.clip_of_caption)]  # (Q, D)
+    right_clip_score = (evaluation.text * right_clip_audio).sum(dim=1).numpy()  # (Q,)
+    # The lowest rank is best, and of equal ranks the higher score.
+    best_first = np.lexsort((-right_clip_score, rank))
+    shuffled = np.random.default_rng(0).permutation(best_first)
+    groups = {
+        "Best": best_first[:QUERIES_PER_GROUP],
+        "Worst": best_first[::-1][:QUERIES_PER_GROUP],
+        "Random": shuffled[:QUERIES_PER_GROUP],
+    }
+    n_shown = sum(len(rows) for rows in groups.values())
+    sections = ""
+    bar = tqdm(total=n_shown, desc="writing the page", unit="query", leave=False, disable=None)
+    with bar:
+        for name, rows in groups.items():
+            cards = ""
+            for row in rows.tolist():
+                cards += query_card(evaluation, row, int(rank[row]), sounds)
+                bar.update()
+            sections += f'<section class="group">\n<h3>{name}</h3>\n{cards}</section>\n'
     return (
-        '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<link rel="icon" href="data:,">\n<title>{escape(title)}</title>\n'
-        f"<style>\n{here.with_suffix('.css').read_text('utf-8')}</style>\n"
-        f"<main>\n{body}\n</main>\n{script}"
+        f'<p class="quiet">Of {len(rank):,} queries this page shows the best answered, the worst '
+        f"answered and some at random, at most {QUERIES_PER_GROUP} each. The filter looks through "
+        'these only.</p>\n<div class="fields">'
+        '<label for="filter">Filter by word</label><input id="filter" type="search">'
+        f'<output id="shown" aria-live="polite"></output></div>\n{sections}'
     )
 
 
-def player(label: str, sound: bytes | str) -> str:
-    """An <audio> of an mp3 that it holds itself, or of what an attribute names."""
-    if isinstance(sound, bytes):
-        sound = f'src="data:audio/mpeg;base64,{base64.b64encode(sound).decode()}"'
-    return f'<audio controls preload="none" aria-label="{escape(label)}" {sound}></audio>\n'
+def query_card(evaluation: Evaluation, row: int, rank: int, sounds: "Sounds") -> str:
+    """Return one query with the first clips of its ranking and, at `rank`, its right clip."""
+    scores = evaluation.audio @ evaluation.text[row]  # (N,)
+    ranking = scores.argsort(descending=True, stable=True).tolist()
+    shown = list(enumerate(ranking[:CLIPS_PER_QUERY], start=1))
+    if rank > CLIPS_PER_QUERY:
+        shown.append((rank, int(evaluation.clip_of_caption[row])))
+    items = ""
+    for clip_rank, clip in shown:
+        items += clip_item(evaluation, row, clip_rank, clip, float(scores[clip]), sounds)
+    caption = escape(evaluation.captions[row])
+    return (
+        f'<details class="query"><summary>{caption} <span class="quiet">rank {rank:,}</span>'
+        f'</summary>\n<ol class="clips">\n{items}</ol></details>\n'
+    )
 
 
-def clock(seconds: float) -> str:
-    """Seconds as 0:20 or 1:02:20, with a tenth where one is left: 0:07.3."""
-    minutes, tenths = divmod(round(10 * seconds), 600)
-    hours, minutes = divmod(minutes, 60)
-    text = f"{hours}:{minutes:02}" if hours else f"{minutes}"
-    return f"{text}:{tenths / 10:04.1f}".removesuffix(".0")
+def clip_item(
+    evaluation: Evaluation, row: int, clip_rank: int, clip: int, score: float, sounds: "Sounds"
+) -> str:
+    """Return one clip of a query's ranking: name, player, score, and the clip's first caption."""
+    mark = ""
+    if clip == evaluation.clip_of_caption[row]:
+        mark = RIGHT
+    elif clip in evaluation.annotations.get(row, ()):
+        mark = RELEVANT
+    attribute = ""
+    if mark:
+        attribute = ' class="relevant"'
+    name = evaluation.clip_names[clip]
+    source = sounds.source(evaluation.clip_paths[clip])
+    sound = '<p class="quiet">This sound cannot be played: its file is gone or damaged.</p>\n'
+    if source:
+        sound = player(f"rank {clip_rank}: {name}", source)
+    first_caption = evaluation.captions[list(evaluation.clip_of_caption).index(clip)]
+    return (
+        f'<li value="{clip_rank}"{attribute}><span class="file">{escape(name)}</span> '
+        f'<span class="mark">{mark}</span>\n{sound}'
+        f'<p class="quiet">score {score:.3f}; {escape(first_caption)}</p></li>\n'
+    )
 
 
-def _svg(paints: dict[str, Callable], paper: str = "none") -> str:
-    """Pictures side by side; 4.4 inches are as wide as a phone shows with text that can be read."""
+class Sounds:
+    """The sounds of a page in `folder`: each is held once, however many players play it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.held: list[bytes] = []  # mp3
+        self.sources: dict[Path, str] = {}
+
+    def source(self, path: Path) -> str:
+        """Return the attribute that makes a player play a file; "" where it cannot be read.
+
+        When the page holds EMBEDDED_BYTES, further sounds are links to their files.
+        """
+        if path not in self.sources:
+            if sum(len(mp3) for mp3 in self.held) < EMBEDDED_BYTES:
+                self.sources[path] = self._hold(path)
+            else:
+                self.sources[path] = self._link(path)
+        return self.sources[path]
+
+    def _hold(self, path: Path) -> str:
+        try:
+            self.held.append(encode_mp3(load_audio(path, LISTEN_SECONDS)))
+        except InputError:
+            return ""
+        return f'data-sound="{len(self.held) - 1}"'
+
+    def _link(self, path: Path) -> str:
+        if not path.is_file():
+            return ""
+        relative = os.path.relpath(path, self.folder)
+        return f'src="{quote(os.fsencode(relative))}"'
+
+    def script(self) -> str:
+        """Return the sounds as base64 in JSON, and page.js, which hands them to the players."""
+        held = json.dumps([base64.b64encode(mp3).decode() for mp3 in self.held])
+        script = Path(__file__).with_suffix(".js").read_text("utf-8")
+        return (
+            f'<script type="application/json" id="sounds">{held}</script>\n'
+            f"<script>\n{script}</script>\n"
+        )
+
+
+# --- Pictures ---
+
+Panel = Callable  # paints the axes that it is given
+STYLE = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "dualenc",  # the same picture is the same bytes
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.4,
+    "legend.fontsize": "small",
+    "text.parse_math": False,  # a $ in a run's name is a $
+}
+PANEL_INCHES = (4.4, 3)  # a phone shows this width with text that can be read
+RANK_BINS = (1, 2, 6, 11, 21, 51, 101, 201, 501, 1001, 2001, 5001)  # the first rank of each
+
+
+def draw_svg(panels: dict[str, Panel], paper: str = "none") -> str:
+    """Draw {title: panel} side by side; returns an SVG."""
     from matplotlib import figure, rc_context
 
-    file, hidden = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    width, height = PANEL_INCHES
+    file = io.StringIO()
     with rc_context(STYLE):
-        picture = figure.Figure((4.4 * len(paints), 3), facecolor=paper, layout="constrained")
-        panels = picture.subplots(1, len(paints), squeeze=False)[0]
-        for axes, (title, paint) in zip(panels, paints.items(), strict=True):
+        picture = figure.Figure((width * len(panels), height), facecolor=paper)
+        picture.set_layout_engine("constrained")
+        all_axes = picture.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (title, paint) in zip(all_axes, panels.items(), strict=True):
             axes.set_title(title)
             paint(axes)
-        picture.savefig(file, format="svg", metadata=hidden)
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        picture.savefig(file, format="svg", metadata=no_metadata)
     return file.getvalue()
 
 
-def _pictures(paints: dict[str, Callable]) -> str:
-    """Pictures for a page, in the colour of its text."""
+def figures_for_page(panels: dict[str, Panel]) -> str:
+    """Return a <figure> for each {caption: panel}, in the colour of the page's text."""
     figures = ""
-    for caption, paint in paints.items():
-        svg = _svg({"": paint}).replace("#000000", "currentColor")
-        prefix = re.sub(r"\W+", "-", caption)  # keeps its ids apart from other pictures'
-        svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{prefix}-", svg[svg.index("<svg") + 4 :])
-        figures += f'<figure><svg role="img" aria-label="{escape(caption)}"{svg}'
-        figures += f"<figcaption>{escape(caption)}</figcaption></figure>\n"
+    for caption, paint in panels.items():
+        svg = draw_svg({"": paint}).replace("#000000", "currentColor")
+        svg = svg[svg.index("<svg") + len("<svg") :]
+        # Every picture numbers its parts alike; a prefix keeps their ids apart in one page.
+        prefix = re.sub(r"\W+", "-", caption)
+        svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{prefix}-", svg)
+        label = escape(caption)
+        figures += (
+            f'<figure><svg role="img" aria-label="{label}"{svg}'
+            f"<figcaption>{label}</figcaption></figure>\n"
+        )
     return f'<div class="figures">\n{figures}</div>'
 
 
-def _rankings(rank: np.ndarray, n_clips: int) -> dict[str, Callable]:
-    """(Q,) rank of each query's right clip among n_clips, from 1: a histogram, and R@k over k."""
-    edges = [edge for edge in RANK_BINS if edge <= n_clips] + [n_clips + 1]
-    spans = zip(edges[:-1], edges[1:], strict=True)
-    bins = [f"{low:,} to {end - 1:,}" if end - low > 1 else f"{low}" for low, end in spans]
+def ranking_panels(rank: np.ndarray, n_clips: int) -> dict[str, Panel]:
+    """Return two panels of the right clips' ranks: a histogram, and R@k over k.
+
+    rank: (Q,), each query's rank of its right clip among n_clips, from 1.
+    """
+    edges = [first for first in RANK_BINS if first <= n_clips]
+    edges.append(n_clips + 1)
+    labels = []
+    for first, next_first in itertools.pairwise(edges):
+        last = next_first - 1
+        if first == last:
+            labels.append(f"{first:,}")
+        else:
+            labels.append(f"{first:,} to {last:,}")
 
     def histogram(axes) -> None:
-        bars = axes.barh(bins, np.histogram(rank, edges)[0])
+        counts, _ = np.histogram(rank, edges)
+        bars = axes.barh(labels, counts)
         axes.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize="small")
         axes.set(xmargin=0.12, xlabel="queries", ylabel="rank of the right clip")
         axes.invert_yaxis()
 
     def recall(axes) -> None:
         k = np.arange(1, n_clips + 1)
-        axes.plot(k, 100 * np.searchsorted(np.sort(rank), k, side="right") / len(rank))
+        within_k = np.searchsorted(np.sort(rank), k, side="right")
+        axes.plot(k, 100 * within_k / len(rank))
         axes.plot(k, 100 * k / n_clips, "--", color="gray")
         axes.set(xscale="log", xlabel="k", ylabel="R@k, %", ylim=(0, 102))
         axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -249,93 +365,243 @@ def _rankings(rank: np.ndarray, n_clips: int) -> dict[str, Callable]:
     }
 
 
-def _read_log(run: Path) -> dict[str, list[tuple[float, float]]]:
-    """{what PANELS draws: its (step, value)} of a run; InputError where its log cannot be read."""
-    points: dict[str, list] = {}
+# --- Learning curves ---
+
+LOG_NAME = "log.jsonl"
+LOSSES = ("loss", "contrastive", "distillation")
+LINE_STYLES = {  # {a panel's title: {curve: how it is drawn}}
+    "training loss": {"interval": "-", "loss": ".-", "contrastive": "--", "distillation": ":"},
+    "learning rate": {"lr": "-"},
+    "validation mAP@10, %": {"mAP@10": ".-"},
+}
+
+
+class Log(NamedTuple):
+    """What a run's log holds to be drawn."""
+
+    run_name: str
+    interval: str  # what a point of the curve "interval" is, in words
+    curves: dict[str, list[tuple[int, float]]]  # {curve: its (step, value)}
+
+
+def read_log(run_folder: Path) -> Log:
+    """Read the log of a run; InputError where it cannot be read as one."""
+    path = run_folder / LOG_NAME
+    curves: dict[str, list] = {}
     try:
-        # The first line is the settings; after the last newline a line may still be being written.
-        for line in (run / LOG).read_text("utf-8").split("\n")[1:-1]:
+        # After the last newline a line may still be being written.
+        first_line, *lines = path.read_text("utf-8").split("\n")[:-1]
+        log_every = json.loads(first_line).get("settings", {}).get("log_every")
+        for line in lines:
             row = json.loads(line)
             if "validation" in row:
-                values = {name: row[name] for name in PANELS["training loss"] if name in row}
+                values = {name: row[name] for name in LOSSES if name in row}
                 values["mAP@10"] = 100 * row["validation"]["mAP@10"]
             else:
                 values = {"interval": row["loss"], "lr": row["lr"]}
             for name, value in values.items():
-                points.setdefault(name, []).append((float(row["step"]), float(value)))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{run / LOG}: cannot be read as a run's log ({error!r})") from error
-    return points
+                point = (int(row["step"]), float(value))
+                curves.setdefault(name, []).append(point)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: cannot be read as a run's log ({error!r})") from error
+    interval = "mean of the last steps"
+    if log_every is not None:
+        interval = f"mean of the last {log_every} steps"
+    return Log(printable(run_folder.resolve().name), interval, curves)
 
 
-def _curves(runs: Sequence[Path]) -> dict[str, Callable]:
-    """The learning curves of runs, each run in a colour."""
-    logs = {run: _read_log(run) for run in runs}
+def curve_panels(run_folders: Sequence[Path]) -> dict[str, Panel]:
+    """Return the panels of LINE_STYLES, in which each run has a colour."""
+    logs = [read_log(folder) for folder in run_folders]
+    panels = {}
+    for title, styles in LINE_STYLES.items():
+        panels[title] = functools.partial(paint_curves, logs=logs, styles=styles)
+    return panels
 
-    def paint(axes, lines: dict[str, str]) -> None:
-        for i, (run, log) in enumerate(logs.items()):
-            for name in [name for name in lines if name in log]:
-                style = {"color": f"C{i}", "alpha": 0.35 if name == "interval" else 1}
-                style["label"] = name if len(lines) > 1 else printable(run.resolve().name)
-                axes.plot(*np.transpose(log[name]), lines[name], **style)
-        legend = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))  # one a label
-        if len(legend) > 1:
-            axes.legend(legend.values(), legend)
-        axes.set(xlabel="step", ylim=(None if "loss" in lines else 0, None))
 
-    return {title: functools.partial(paint, lines=lines) for title, lines in PANELS.items()}
+def paint_curves(axes, logs: Sequence[Log], styles: dict[str, str]) -> None:
+    """Draw the curves that styles names, of each run.
+
+    Where there are several of a run, the legend tells them apart, else it tells the runs apart.
+    """
+    legend = {}
+    for index, log in enumerate(logs):
+        for name, style in styles.items():
+            if name not in log.curves:
+                continue
+            steps, values = np.transpose(log.curves[name])
+            (line,) = axes.plot(steps, values, style, color=f"C{index}")
+            if len(styles) == 1:
+                label = log.run_name
+            elif name == "interval":
+                label = log.interval
+                line.set_alpha(0.35)  # the means of epochs stand out
+            elif name == "loss":
+                label = "mean of the epoch"
+            else:
+                label = f"{name} part"
+            legend.setdefault(label, line)
+    if len(legend) > 1:
+        axes.legend(legend.values(), legend)
+    axes.set_xlabel("step")
+    if "loss" not in styles:
+        axes.set_ylim(bottom=0)
+
+
+def curves_of_runs(run_folders: Sequence[Path]) -> str:
+    """Return the learning curves of those folders that hold a run's log, for a page."""
+    logged = [folder for folder in run_folders if (folder / LOG_NAME).is_file()]
+    if not logged:
+        return "<p>There is no log of a run beside the checkpoint.</p>"
+    return figures_for_page(curve_panels(logged))
 
 
 def write_curves(run_folders: Sequence[Path], path: Path) -> None:
-    """Draw the learning curves of runs into one SVG file; InputError where that cannot be done."""
+    """Draw the learning curves of one or several runs into one SVG file, a colour for each run.
+
+    A log that cannot be read, and a path that cannot be written, are an InputError.
+    """
+    svg = draw_svg(curve_panels(run_folders), paper="white")
     with replacing(path) as temporary:
-        temporary.write_text(_svg(_curves(run_folders), paper="white"), "utf-8")
+        temporary.write_text(svg, "utf-8")
 
 
-# --- The local page ---
+# --- The search page, served on this machine ---
 
-def answer(index, k: int, by: str, sentence: str) -> str:
-    """A page with a text field, and the sounds found; each carries the 10 s that match."""
-    body = (
-        '<h1>Search sounds</h1>\n<form role="search"><label for="q">A sound of</label>'
-        f'<input id="q" name="q" type="search" value="{escape(sentence)}" required>'
-        f'<button>Search</button></form>\n<p class="quiet">{len(index.names):,} files in '
-        f'{escape(str(index.root))}</p>\n<ol class="clips">\n'
-    )
+# Nothing is fetched and no script runs, whatever a file's name or a query may hold.
+POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; media-src data:; img-src data:; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+LOCAL_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.IGNORECASE)
+MAX_QUERY_CHARACTERS = 1000
+SCORES = {
+    "file": "The score is the cosine of the sentence and the whole file.",
+    "segment": "The score is the cosine of the sentence and the file's best 10 s.",
+}
+
+
+def load_excerpt(path, start: float, seconds: float, file_seconds: float) -> np.ndarray:
+    blocks = stream_audio(path)
+    block = next(itertools.islice(blocks, int(start) // BLOCK_SECONDS, None), np.zeros(0))
+    return block[: round(seconds * 32_000)]
+
+
+def search_page(index, top: int, by: str, sentence: str) -> str:
+    """Return the page with a text field, and below it the files that match the sentence best.
+
+    Args:
+        index: has names (N,), root, and search(sentence, k, by) -> matches (search.SoundIndex).
+        top: how many files are shown.
+        by: "file" or "segment", what a file's score is.
+        sentence: what is searched for; "" shows the field alone.
+    """
+    title = "Search sounds"
+    results = ""
+    if sentence:
+        title = f"{sentence} – {title}"
+        results = search_results(index, top, by, sentence)
+    n_files = f"{len(index.names):,} files"
+    if len(index.names) == 1:
+        n_files = "1 file"
+    return document(title, (
+        "<h1>Search sounds</h1>\n"
+        '<form role="search"><label for="q">A sound of</label>'
+        f'<input id="q" name="q" type="search" value="{escape(sentence)}" '
+        f'maxlength="{MAX_QUERY_CHARACTERS}" required autofocus>'
+        "<button>Search</button></form>\n"
+        f'<p class="quiet">{n_files} in {escape(str(index.root))}</p>\n{results}'
+    ))
+
+
+def search_results(index, top: int, by: str, sentence: str) -> str:
+    """Return the files that match best; one sentence where nothing can be searched for."""
     try:
-        for match in index.search(sentence, k, by) if sentence else ():
-            blocks = stream_audio(match.path)  # of 10 s each
-            mp3 = encode_mp3(next(islice(blocks, match.start // BLOCK_SECONDS, None)))
-            title = f"{os.path.relpath(match.path, index.root)}, {match.where()}"
-            body += (
-                f"<li>{escape(title)}\n{player(title, mp3)}"
-                f'<p class="quiet">{match.score:.3f}, above {match.above:.1%} of all</p></li>\n'
-            )
-    except InputError as error:  # no word, or a file that was removed since
-        body += f"<li>{escape(str(error))}</li>"
-    return document(f"{sentence} – Search sounds".lstrip(" –"), body + "</ol>")
+        matches = index.search(sentence, top, by)
+    except InputError as error:
+        return f'<p class="fault">{escape(str(error))}</p>'
+    items = "".join(match_item(match, index.root) for match in matches)
+    return (
+        f'<p class="quiet">{SCORES[by]} “Above 90 %” says that 90 % of the files in the folder '
+        "score lower. A player plays the part of its file that matches best, at most 10 s. A click "
+        f'on a path selects it.</p>\n<ol class="clips">\n{items}</ol>'
+    )
+
+
+def match_item(match, root: Path) -> str:
+    """Return one result: its file, a player and a download of what matches best, its full path.
+
+    A file that cannot be played any more, since it was removed or changed, says so in its place.
+    """
+    name = os.path.relpath(match.path, root)
+    part = f"{clock(match.start)} to {clock(match.end)}"
+    download = ""
+    try:
+        mp3 = best_part(match)
+    except InputError as error:
+        sound = f'<p class="fault">{escape(str(error))}</p>\n'
+    else:
+        address = "data:audio/mpeg;base64," + base64.b64encode(mp3).decode()
+        file_name = f"{match.path.stem} {clock(match.start).replace(':', '.')}.mp3"
+        sound = player(f"{name}, {part}", f'src="{address}"')
+        download = f' · <a download="{escape(file_name)}" href="{address}">download {part}</a>'
+    return (
+        f'<li><span class="file">{escape(name)}</span> '
+        f'<span class="quiet">{part} of {clock(match.seconds)}</span>\n{sound}'
+        f'<p class="quiet">score {match.score:.3f}, above {100 * match.above:.1f} %{download}</p>\n'
+        f'<p class="quiet"><code>{escape(str(match.path))}</code></p></li>\n'
+    )
+
+
+def best_part(match) -> bytes:
+    """Return the part of a file that matches best, as mp3; InputError where it is not there."""
+    waveform = load_excerpt(match.path, match.start, match.end - match.start, match.seconds)
+    if len(waveform) == 0:
+        raise InputError(f"{match.path}: does not reach to {clock(match.start)} any more")
+    return encode_mp3(waveform)
 
 
 class Handler(BaseHTTPRequestHandler):
+    """Answers "/?q=SENTENCE" with the search page."""
+
     def do_GET(self) -> None:
-        url, port, found = urlsplit(self.path), self.server.server_port, ""
-        hosts = f"127.0.0.1:{port}", f"localhost:{port}"  # or any web page could ask (rebinding)
-        if url.path == "/" and self.headers.get("Host") in hosts:
-            sentence = dict(parse_qsl(url.query)).get("q", "")
-            found = self.server.answer(sentence.strip()[:1000])
-        with contextlib.suppress(ConnectionError):  # the browser may have broken off
-            self.send_response(200 if found else 404)
+        url = urlsplit(self.path)
+        host = self.headers.get("Host", "")
+        # Any web page can make its own name mean this machine (DNS rebinding) and then read what
+        # is served under it. Ports are free, since people forward them.
+        if LOCAL_HOST.fullmatch(host) is None:
+            reason = (
+                f"This page answers at localhost, 127.0.0.1 and [::1] only, not at {host!r}, so "
+                "that no other web page can read it. From another machine, forward a port: "
+                f"ssh -L {self.server.server_port}:localhost:{self.server.server_port} HOST"
+            )
+            self.reply(HTTPStatus.FORBIDDEN, refusal(reason))
+        elif url.path != "/":
+            self.reply(HTTPStatus.NOT_FOUND, refusal(f"There is no page {url.path}; search at /."))
+        else:
+            sentence = parse_qs(url.query).get("q", [""])[0]
+            sentence = sentence.strip()[:MAX_QUERY_CHARACTERS]
+            self.reply(HTTPStatus.OK, self.server.page_for(sentence))
+
+    def reply(self, status: HTTPStatus, page: str) -> None:
+        with contextlib.suppress(ConnectionError):  # the browser may have left
+            self.send_response(status)
             self.send_header("Content-Type", "text/html; charset=utf-8")
             self.send_header("Content-Security-Policy", POLICY)
             self.end_headers()
-            self.wfile.write(found.encode(errors="backslashreplace"))
+            self.wfile.write(page.encode(errors="backslashreplace"))
 
     def log_message(self, *arguments) -> None:
-        """Nothing: the terminal is for what the user has to know."""
+        """Print nothing: the terminal is for what the user has to know."""
+
+
+def refusal(reason: str) -> str:
+    """Return a page that says why nothing is shown."""
+    return document("Search sounds", f"<h1>Search sounds</h1>\n<p>{escape(reason)}</p>")
 
 
 def search_server(port: int) -> ThreadingHTTPServer:
-    """A server on this machine alone; an InputError where the port cannot be had."""
+    """Return a server for this machine alone; InputError where the port cannot be had."""
     try:
         return ThreadingHTTPServer(("127.0.0.1", port), Handler)
     except (OSError, OverflowError) as error:
@@ -343,8 +609,8 @@ def search_server(port: int) -> ThreadingHTTPServer:
 
 
 def serve(server: ThreadingHTTPServer, index, top: int, by: str) -> None:
-    """Answer queries to an index until Ctrl-C."""
-    server.answer = lambda sentence: answer(index, top, by, sentence)
+    """Say where the search page is, and serve it until Ctrl-C; arguments as in search_page."""
+    server.page_for = functools.partial(search_page, index, top, by)
     print(f"http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()

@@ -1,115 +1,399 @@
-"""The evaluation page and the curves: what they show against what was put in, and in a browser."""
+"""The pages: what they show and play against what was put in, and in a browser."""
 
+import base64
+import contextlib
+import http.client
 import json
 import re
-import shutil
-import subprocess
-from html import escape
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
-from urllib.request import Request, urlopen
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from browser import Browser, open_browser
+from conftest import noise, write_wav
+from matplotlib.figure import Figure
 
-from dualenc import page
-from dualenc.decoding import encode_mp3
+from dualenc import page, search
+from dualenc.decoding import SAMPLE_RATE, encode_mp3, load_audio
 from dualenc.errors import InputError
 
+# It would end an attribute, a tag, a comment and a script, and a byte of it is not UTF-8.
+HOSTILE = "a\" onerror=\"x '<i> <script>document.title = 1<!-- #%41\udcff"
+HOSTILE_SHOWN = HOSTILE.replace("\udcff", "\\udcff")
 
-def write_run(folder, epochs=3):
-    rows = [{"settings": {}}]
-    for epoch in range(1, epochs + 1):
-        row = {"step": 10 * epoch, "epoch": epoch, "loss": 4 / epoch, "distillation": 1}
-        rows += [row | {"lr": 1e-3 / epoch}, row | {"validation": {"mAP@10": 0.1 * epoch}}]
+
+class Element(NamedTuple):
+    """An element of a page: its tag, attributes and text, without that of elements in it."""
+
+    tag: str
+    attributes: dict[str, str]
+    text: list[str]
+
+
+class Elements(HTMLParser):
+    """All elements of a page, as a second reader of HTML finds them."""
+
+    VOID = {"meta", "link", "input", "path", "use", "br"}
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.all: list[Element] = []
+        self.open: list[Element] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        element = Element(tag, dict(attributes), [])
+        self.all.append(element)
+        if tag not in self.VOID:
+            self.open.append(element)
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop().tag == tag
+
+    def handle_data(self, data):
+        if self.open:
+            self.open[-1].text.append(data)
+
+    def of(self, tag: str, **attributes: str) -> list[Element]:
+        """Return the elements of a tag and of the attributes that are given."""
+        found = [element for element in self.all if element.tag == tag]
+        return [e for e in found if attributes.items() <= e.attributes.items()]
+
+    def texts(self, tag: str, **attributes: str) -> list[str]:
+        return ["".join(element.text).strip() for element in self.of(tag, **attributes)]
+
+
+# --- Learning curves ---
+
+def write_run(folder: Path, losses: list[float], settings: dict | None = None) -> Path:
+    """Write the log of a run with a loss for each epoch of 10 steps; mAP@10 is 1 / loss."""
+    rows = [{"settings": settings or {}}]
+    for epoch, loss in enumerate(losses, start=1):
+        row = {"step": 10 * epoch, "epoch": epoch}
+        parts = {"contrastive": loss - 1, "distillation": 1}
+        rows.append(row | parts | {"loss": loss / 2, "lr": 1e-3 / epoch})
+        rows.append(row | parts | {"loss": loss, "validation": {"mAP@10": 1 / loss}})
+    lines = [json.dumps(row) for row in rows]
+    lines.append('{"step": 40, "lo')  # a line that is still being written
     folder.mkdir(parents=True)
-    lines = [*map(json.dumps, rows), '{"step": 40, "lo']  # the last is still being written
     (folder / "log.jsonl").write_text("\n".join(lines))
     return folder
 
 
+def painted(panel) -> SimpleNamespace:
+    """Paint one panel; returns the points and the colour of each line, and the legend's words."""
+    axes = Figure().subplots()
+    panel(axes)
+    words = []
+    if axes.get_legend():
+        words = [text.get_text() for text in axes.get_legend().get_texts()]
+    points = [line.get_xydata().tolist() for line in axes.lines]
+    colors = [line.get_color() for line in axes.lines]
+    return SimpleNamespace(points=points, colors=colors, legend=words)
+
+
 def test_curves_go_through_the_logs_values(tmp_path):
-    runs = [write_run(tmp_path / name, epochs) for name, epochs in [("a$b$", 3), ("c<d>", 5)]]
-    page.write_curves(runs, tmp_path / "c.svg")
-    svg = (tmp_path / "c.svg").read_text()
-    assert "a$b$" in svg and "c&lt;d&gt;" in svg and "distillation" in svg
-    paths = re.findall(r'<path d="([^"]*)"[^>]*stroke: #1f77b4', svg)
-    lines = [np.array(re.findall(r"[-\d.]+", path), float).reshape(-1, 2) for path in paths]
-    (rising,) = (line for line in lines if len(line) == 3 and line[-1, 1] < line[0, 1])
-    np.testing.assert_allclose(rising[1] - rising[0], rising[2] - rising[1], rtol=1e-4)  # even
-    page.write_curves([write_run(tmp_path / "new", epochs=0)], tmp_path / "new.svg")
+    panels = page.curve_panels([write_run(tmp_path / "run", [4, 2.5])])
+    losses = painted(panels["training loss"])
+    interval, mean, contrastive, distillation = losses.points
+    assert interval == [[10, 2], [20, 1.25]]
+    assert mean == [[10, 4], [20, 2.5]]
+    assert contrastive == [[10, 3], [20, 1.5]]
+    assert distillation == [[10, 1], [20, 1]]
+    assert painted(panels["learning rate"]).points == [[[10, 1e-3], [20, 5e-4]]]
+    assert painted(panels["validation mAP@10, %"]).points == [[[10, 25], [20, 40]]]
 
 
-def test_a_log_that_cannot_be_read_is_one_line(tmp_path):
-    for text in ("{}\nx\n", '{}\n{"step": 3}\n', "{}\n5\n", None):
-        log = tmp_path / "log.jsonl"
-        log.write_text(text) if text else log.unlink()
-        with pytest.raises(InputError, match="log.jsonl: cannot be read as a run's log"):
-            page.write_curves([tmp_path], tmp_path / "c.svg")
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"log_every": 7}, "mean of the last 7 steps"), ({}, "mean of the last steps")],
+)
+def test_the_legend_says_what_a_point_of_each_curve_is(tmp_path, settings, words):
+    panels = page.curve_panels([write_run(tmp_path / "run", [4, 2], settings)])
+    legend = painted(panels["training loss"]).legend
+    assert legend == [words, "mean of the epoch", "contrastive part", "distillation part"]
 
+
+def test_several_runs_are_drawn_beside_each_other(tmp_path):
+    runs = [write_run(tmp_path / "a", [4, 2]), write_run(tmp_path / "b", [5, 4])]
+    drawn = painted(page.curve_panels(runs)["validation mAP@10, %"])
+    assert drawn.points == [[[10, 25], [20, 50]], [[10, 20], [20, 25]]]
+    assert drawn.colors == ["C0", "C1"]
+    assert drawn.legend == ["a", "b"]
+
+
+def test_write_curves_writes_a_picture_with_the_names_of_runs(tmp_path):
+    runs = [write_run(tmp_path / name, [4, 2]) for name in ("a$b$", "c<d>")]
+    page.write_curves(runs, tmp_path / "curves.svg")
+    svg = (tmp_path / "curves.svg").read_text()
+    assert "a$b$" in svg
+    assert "c&lt;d&gt;" in svg
+    assert "validation mAP@10, %" in svg
+
+
+def test_a_run_without_steps_is_drawn_empty(tmp_path):
+    panels = page.curve_panels([write_run(tmp_path / "new", [])])
+    assert [painted(panel).points for panel in panels.values()] == [[], [], []]
+
+
+@pytest.mark.parametrize("text", ["{}\nx\n", '{}\n{"step": 3}\n', "{}\n5\n", "[]\n", "", None])
+def test_a_log_that_cannot_be_read_is_one_line(tmp_path, text):
+    if text is not None:
+        (tmp_path / "log.jsonl").write_text(text)
+    with pytest.raises(InputError, match="log.jsonl: cannot be read as a run's log") as error:
+        page.write_curves([tmp_path], tmp_path / "curves.svg")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "curves.svg").exists()
+
+
+# --- The evaluation page ---
 
 N_CLIPS = 30
-EVIL = 'a" onerror="x <script>document.title = 1<!-- #%41\udcff'  # and a byte that is not UTF-8
-RELEVANT = {0: [0, 5, 6], 7: [3, 9]}
+N_CAPTIONS = 2 * N_CLIPS
+TONE_HZ = 60  # clip i is a tone of (i + 1) times this
+
+
+def tone(clip: int) -> np.ndarray:
+    seconds = np.arange(1.5 * SAMPLE_RATE) / SAMPLE_RATE
+    return 0.5 * np.sin(2 * np.pi * TONE_HZ * (clip + 1) * seconds)
+
+
+def clip_of_tone(mp3: bytes, scratch: Path) -> int:
+    """Return which clip an mp3 is, by its strongest frequency."""
+    scratch.write_bytes(mp3)
+    waveform = load_audio(scratch)
+    spectrum = np.abs(np.fft.rfft(waveform))
+    frequency = spectrum.argmax() * SAMPLE_RATE / len(waveform)
+    return round(frequency / TONE_HZ) - 1
+
+
+def right_ranks(evaluation: page.Evaluation) -> list[tuple[int, float]]:
+    """Return (rank, score) of each query's right clip, counted one clip at a time."""
+    ranks = []
+    scores = evaluation.text @ evaluation.audio.T
+    for row, right in enumerate(evaluation.clip_of_caption):
+        better = sum(1 for score in scores[row] if score > scores[row, right])
+        ranks.append((better + 1, float(scores[row, right])))
+    return ranks
 
 
 @pytest.fixture(scope="module")
-def evaluation(tmp_path_factory):
-    """A page of 30 clips with two captions each; EVIL is the first, the last file is gone."""
+def written(tmp_path_factory) -> SimpleNamespace:
+    """A page of 30 tones with two captions each; the first name is hostile, the last file gone."""
     folder = tmp_path_factory.mktemp("page")
-    names = [EVIL, *(f"clip {i}.mp3" for i in range(1, N_CLIPS))]
+    names = [HOSTILE, *(f"clip {i}.mp3" for i in range(1, N_CLIPS))]
     paths = [folder / name for name in names]
-    for i, path in enumerate(paths[:-1]):
-        path.write_bytes(encode_mp3(np.sin(np.arange(48_000) * 0.01 * (i + 1))))  # 1.5 s
-    captions = [f"<img src=x> {word} {i}" for i in range(N_CLIPS) for word in ("rain", "bell")]
-    clip, unit = np.repeat(np.arange(N_CLIPS), 2), torch.nn.functional.normalize
-    torch.manual_seed(0)
-    audio = unit(torch.randn(N_CLIPS, 8), dim=1)
-    text = unit(audio[clip] + torch.randn(2 * N_CLIPS, 8), dim=1)
-    lines = [("Clotho & <b>", ["31.95", "27.57"]), ("  interval", ["30.00..33.00", "<"])]
-    page.write_evaluation(folder / "page.html", page.Evaluation(
-        "A <b>page</b>", "R@k: <any>", ["mAP", "mAP@10"], lines,
-        [write_run(folder / "<i>"), folder], names, paths, captions, clip, text, audio, RELEVANT,
-    ))
-    return SimpleNamespace(**locals(), html=(folder / "page.html").read_text(encoding="utf-8"))
+    for clip, path in enumerate(paths[:-1]):
+        path.write_bytes(encode_mp3(tone(clip)))
+    captions = []
+    for i in range(N_CLIPS):
+        captions += [f"<img src=x> rain {i}", f"<img src=x> bell {i}"]
+    generator = torch.Generator().manual_seed(0)
+    clip_of_caption = np.repeat(np.arange(N_CLIPS), 2)
+    audio = torch.randn(N_CLIPS, 8, generator=generator)
+    text = audio[clip_of_caption] + 2 * torch.randn(N_CAPTIONS, 8, generator=generator)
+    evaluation = page.Evaluation(
+        title="A <b>page</b>",
+        about="R@k: <any>",
+        columns=["mAP", "mAP@10"],
+        lines=[("Clotho & <b>", ["31.95", "27.57"]), ("  interval", ["30.00..33.00", "<"])],
+        run_folders=[write_run(folder / "<i>", [4, 2]), folder],
+        clip_names=names,
+        clip_paths=paths,
+        captions=captions,
+        clip_of_caption=clip_of_caption,
+        text=torch.nn.functional.normalize(text, dim=1),
+        audio=torch.nn.functional.normalize(audio, dim=1),
+        annotations={row: [row % 7, row % 11] for row in range(0, N_CAPTIONS, 2)},
+        facts={"checkpoint": "runs/<b>/best.pt", "split": "clotho/evaluation"},
+    )
+    page.write_evaluation(folder / "page.html", evaluation)
+    html = (folder / "page.html").read_text(encoding="utf-8")
+    return SimpleNamespace(folder=folder, evaluation=evaluation, html=html)
 
 
-def test_the_page_shows_what_a_plain_sort_finds(evaluation):
-    cards = re.findall(r'<details class="query">.*?</details>', evaluation.html, re.DOTALL)
-    names = [escape(name.replace("\udcff", "\\udcff")) for name in evaluation.names]
-    captions, ranks = list(map(escape, evaluation.captions)), []
-    for card in cards:
-        caption, rank = re.search(r"<summary>(.*) <span.*>rank (\d+)<", card).groups()
-        row, rank = captions.index(caption), int(rank)
-        scores, right = evaluation.audio @ evaluation.text[row], evaluation.clip[row]
-        order = np.argsort(-scores.numpy(), kind="stable").tolist()
-        expected = list(enumerate(order[:10], start=1)) + ([(rank, right)] if rank > 10 else [])
-        marks = dict.fromkeys(RELEVANT.get(row, []), "✓ relevant, too")
-        marks[right] = "✓ the right clip"
-        shown = re.findall(r'<li value="(\d+)".*"file">(.*)</span> <.*"mark">(.*)</span>', card)
-        assert shown == [(str(n), names[clip], marks.get(clip, "")) for n, clip in expected]
-        assert rank == order.index(right) + 1
-        assert card.count("<audio") == len(shown) - card.count(f">{names[-1]}<")
-        ranks.append(rank)
-    assert len(ranks) == 60 and ranks[:20] == sorted(ranks[:20]) and ranks[20] == max(ranks)
-    sounds = json.loads(re.search(r'id="sounds">(.*)</script>', evaluation.html)[1])
-    assert len(sounds) == N_CLIPS - 1  # each once, but for the file that is gone
+class Item(NamedTuple):
+    """One clip of a query's card."""
+
+    rank: int
+    name: str
+    mark: str
+    sound: str  # the number of its sound, "" without a player
+    score: str
+    caption: str
 
 
-def test_sounds_beyond_the_limit_are_linked(evaluation, monkeypatch):
+class Card(NamedTuple):
+    """One query."""
+
+    caption: str
+    rank: int
+    items: list[Item]
+
+
+def cards_of(html: str) -> list[Card]:
+    """Return the queries of a page in their order."""
+    cards = []
+    for text in re.findall(r'<details class="query">.*?</details>', html, re.DOTALL):
+        elements = Elements(text)
+        (caption,) = elements.texts("summary")
+        (rank,) = re.findall(r"rank ([\d,]+)</span></summary>", text)
+        items = []
+        for item_text in re.findall(r"<li .*?</li>", text, re.DOTALL):
+            item = Elements(item_text)
+            sound = ""
+            if item.of("audio"):
+                sound = item.of("audio")[0].attributes["data-sound"]
+            score, _, first_caption = item.texts("p")[-1].partition("; ")
+            items.append(Item(
+                int(item.of("li")[0].attributes["value"]),
+                item.texts("span", **{"class": "file"})[0],
+                item.texts("span", **{"class": "mark"})[0],
+                sound, score, first_caption,
+            ))
+        cards.append(Card(caption, int(rank), items))
+    return cards
+
+
+def test_a_card_shows_what_a_plain_sort_finds(written):
+    evaluation = written.evaluation
+    names = [name.replace("\udcff", "\\udcff") for name in evaluation.clip_names]
+    marked_relevant = 0
+    for card in cards_of(written.html):
+        row = evaluation.captions.index(card.caption)
+        right = evaluation.clip_of_caption[row]
+        scores = (evaluation.audio @ evaluation.text[row]).tolist()
+        ranking = sorted(range(N_CLIPS), key=lambda clip: -scores[clip])  # noqa: B023
+        rank = ranking.index(right) + 1
+        assert card.rank == rank
+        expected_ranks = list(range(1, 11))
+        if rank > 10:
+            expected_ranks.append(rank)
+        assert [item.rank for item in card.items] == expected_ranks
+        for item in card.items:
+            clip = ranking[item.rank - 1]
+            assert item.name == names[clip]
+            assert item.score == f"score {scores[clip]:.3f}"
+            assert item.caption == f"<img src=x> rain {clip}"
+            mark = ""
+            if clip in evaluation.annotations.get(row, []):
+                mark = "✓ relevant, too"
+            if clip == right:
+                mark = "✓ the right clip"
+            assert item.mark == mark
+            marked_relevant += mark == "✓ relevant, too"
+    assert marked_relevant > 10
+
+
+def test_the_best_the_worst_and_random_queries_are_shown(written):
+    cards = cards_of(written.html)
+    ranks = right_ranks(written.evaluation)
+    order = sorted(range(N_CAPTIONS), key=lambda row: (ranks[row][0], -ranks[row][1]))
+    shown = [written.evaluation.captions.index(card.caption) for card in cards]
+    assert shown[:20] == order[:20]
+    assert shown[20:40] == order[::-1][:20]
+    assert len(set(shown[40:])) == 20
+    assert shown[40:] != sorted(shown[40:])
+    assert "Of 60 queries this page shows" in written.html
+
+
+def test_a_player_plays_the_clip_that_its_line_names(written, tmp_path):
+    held = json.loads(re.search(r'id="sounds">(.*)</script>', written.html)[1])
+    clips = [clip_of_tone(base64.b64decode(mp3), tmp_path / "x.mp3") for mp3 in held]
+    names = [name.replace("\udcff", "\\udcff") for name in written.evaluation.clip_names]
+    for card in cards_of(written.html):
+        for item in card.items:
+            if item.name == names[-1]:
+                assert item.sound == ""
+            else:
+                assert names[clips[int(item.sound)]] == item.name
+    assert sorted(clips) == list(range(N_CLIPS - 1))  # each once, but for the file that is gone
+
+
+def test_a_sound_that_cannot_be_read_says_so(written):
+    lines = re.findall(r"<li .*?</li>", written.html, re.DOTALL)
+    silent = [line for line in lines if "<audio" not in line]
+    assert len(silent) > 0
+    assert all("clip 29.mp3" in line and "cannot be played" in line for line in silent)
+
+
+def test_sounds_beyond_the_limit_are_links_to_their_files(written, monkeypatch):
     monkeypatch.setattr(page, "EMBEDDED_BYTES", 1)
-    held, folder = [], evaluation.folder / "other"
-    assert page._source(evaluation.paths[1], folder, held) == 'data-sound="0"'
-    assert page._source(evaluation.paths[0], folder, held).startswith('src="../a%22%20onerror')
-    assert page._source(evaluation.paths[-1], folder, held) == "" and len(held) == 1
+    paths = written.evaluation.clip_paths
+    sounds = page.Sounds(written.folder / "other")
+    assert sounds.source(paths[1]) == 'data-sound="0"'
+    assert sounds.source(paths[0]).startswith('src="../a%22%20onerror')
+    assert sounds.source(paths[-1]) == ""
+    assert sounds.source(paths[1]) == 'data-sound="0"'
+    assert len(sounds.held) == 1
 
 
-def test_the_histogram_counts_every_query():
-    svg = page._pictures(page._rankings(np.array([1, 1, 3, 5, 11, 30]), 30))
-    labels = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
-    assert {"1", "2 to 5", "6 to 10", "11 to 20", "21 to 30"} <= set(labels)
-    assert ["2", "2", "0", "1", "1"] in [labels[i : i + 5] for i in range(len(labels))]
+def test_the_page_says_what_it_is_of(written):
+    elements = Elements(written.html)
+    assert elements.texts("title") == ["A <b>page</b>"]
+    assert elements.texts("h1") == ["A <b>page</b>"]
+    assert elements.texts("dt") == ["checkpoint", "split"]
+    assert elements.texts("dd") == ["runs/<b>/best.pt", "clotho/evaluation"]
+
+
+def test_the_table_has_every_column_and_line(written):
+    elements = Elements(written.html)
+    assert elements.texts("th") == ["", "mAP", "mAP@10", "Clotho & <b>", "interval"]
+    assert elements.texts("td") == ["31.95", "27.57", "30.00..33.00", "<"]
+
+
+def assert_nothing_is_markup(html: str, *own_tags: str) -> None:
+    """Hold a page's elements against those that the program itself writes."""
+    elements = Elements(html)
+    tags = {element.tag for element in elements.all}
+    assert tags <= {"html", "meta", "link", "title", "style", "main", "h1", "p", *own_tags}
+    for element in elements.all:
+        assert "onerror" not in element.attributes
+        for value in element.attributes.values():
+            assert not (value or "").startswith(("http:", "https:", "//"))
+
+
+def test_nothing_from_outside_becomes_markup(written):
+    html = re.sub(r"<svg.*?</svg>", "", written.html, flags=re.DOTALL)
+    tags = "a h2 h3 dl dt dd div table thead tbody tr th td figure figcaption section details"
+    tags += " summary ol li span audio label input output script"
+    assert_nothing_is_markup(html, *tags.split())
+    assert html.count("<script") == 2
+    labels = [audio.attributes["aria-label"] for audio in Elements(html).of("audio")]
+    assert any(label.endswith(HOSTILE_SHOWN) for label in labels)
+
+
+def test_the_histogram_counts_every_query_and_recall_is_their_sum():
+    rank = np.array([1, 1, 3, 5, 11, 30])
+    histogram, recall = page.ranking_panels(rank, 30).values()
+    axes = Figure().subplots()
+    histogram(axes)
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    counts = [bar.get_width() for bar in axes.patches]
+    assert labels == ["1", "2 to 5", "6 to 10", "11 to 20", "21 to 30"]
+    assert counts == [2, 2, 0, 1, 1]
+    measured, chance = painted(recall).points
+    # By hand: 2 of 6 are first, 4 of 6 within 5, 5 of 6 within 11, all within 30.
+    expected = {1: 2, 4: 3, 5: 4, 10: 4, 11: 5, 29: 5, 30: 6}
+    for k, hits in expected.items():
+        assert measured[k - 1] == pytest.approx([k, 100 * hits / 6])
+        assert chance[k - 1] == pytest.approx([k, 100 * k / 30])
+
+
+def test_pictures_are_drawn_with_their_captions():
+    html = page.figures_for_page(page.ranking_panels(np.array([1, 2]), 3))
+    assert html.count("<svg") == 2
+    captions = Elements(re.sub(r"<svg.*?</svg>", "", html, flags=re.DOTALL)).texts("figcaption")
+    assert captions[0] == "Rank of the right clip among 3; the median is 1.5"
 
 
 def test_times_by_hand():
@@ -117,84 +401,377 @@ def test_times_by_hand():
     assert shown == ["0:00", "0:20", "0:05", "0:07.3", "1:00", "1:02:20"]
 
 
-class Browser:
-    """A session with headless Chromium (W3C WebDriver; `goog` is Chromium's own)."""
+# --- The search page ---
 
-    FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync " \
-        "--disable-background-networking --disable-component-update " \
-        "--autoplay-policy=no-user-gesture-required --user-data-dir="
+def shown_text(html: str) -> str:
+    """Return a page as it is sent: bytes that are not UTF-8 are escapes."""
+    return html.encode(errors="backslashreplace").decode()
 
-    def __init__(self, port, profile):
-        self.address = f"http://127.0.0.1:{port}/session"
-        options = {"binary": shutil.which("chromium"), "args": f"{self.FLAGS}{profile}".split()}
-        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
-        self.address += "/" + self.call("", capabilities={"alwaysMatch": wanted})["sessionId"]
 
-    def call(self, path, method="POST", **body):
-        request = Request(self.address + path, json.dumps(body).encode(), method=method)
-        with urlopen(request, timeout=60) as answer:
-            return json.load(answer)["value"]
+LEVELS = [0.01, 0.1, 0.03, 0.06]  # of the noise in each 10 s of the long file
 
-    def script(self, code):
-        """What the body of an async function returns."""
-        return self.call("/execute/sync", script=f"return (async () => {{ {code} }})()", args=[])
 
-    def type(self, selector, text):
-        (element,) = self.call("/element", using="css selector", value=selector).values()
-        self.call(f"/element/{element}/value", text=text)
+class Match(NamedTuple):
+    """What the page asks of a match (search.Match)."""
 
-    def devtools(self, command, **parameters):
-        self.call("/goog/cdp/execute", cmd=command, params=parameters)
+    path: Path
+    score: float
+    above: float
+    start: int
+    end: float
+    seconds: float
 
-    def errors(self):
-        return [e["message"] for e in self.call("/se/log", type="browser") if e["level"] != "INFO"]
+
+class KnownIndex:
+    """An index of known matches, which notes what it is asked."""
+
+    def __init__(self, root: Path, matches: list[Match]):
+        self.root = root
+        self.matches = matches
+        self.names = [str(match.path) for match in matches]
+        self.asked = []
+
+    def search(self, sentence: str, k: int, by: str) -> list[Match]:
+        self.asked.append((sentence, k, by))
+        if sentence == "!":
+            raise InputError("'!': no <word> is left")
+        return self.matches
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        pytest.skip("needs Debian's chromium and chromium-driver")
-    driver = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True)
+def library(tmp_path_factory) -> Path:
+    """A folder of a long file, whose 10 s differ in level, and a short one with a hostile name."""
+    root = tmp_path_factory.mktemp("library")
+    long = noise(35, 5) / 0.1 * np.repeat(LEVELS, 10 * SAMPLE_RATE)[: 35 * SAMPLE_RATE]
+    write_wav(root / "deep" / "long.wav", long)
+    write_wav(root / f"{HOSTILE}.wav", noise(2))
+    return root
+
+
+def index_of(library: Path) -> KnownIndex:
+    matches = [
+        Match(library / "deep" / "long.wav", 0.5, 0.75, 10, 20, 35),
+        Match(library / f"{HOSTILE}.wav", 0.25, 0.5, 0, 2, 2),
+        Match(library / "deep" / "long.wav", 0.125, 0.25, 30, 35, 35),
+        Match(library / "deep" / "long.wav", -0.1, 0, 20, 30, 35),
+    ]
+    return KnownIndex(library, matches)
+
+
+@pytest.fixture
+def index(library) -> KnownIndex:
+    return index_of(library)
+
+
+@pytest.fixture
+def short(index) -> KnownIndex:
+    """An index of one short match, which is quickly encoded."""
+    index.matches = index.matches[1:2]
+    return index
+
+
+@pytest.fixture(scope="module")
+def searched(library) -> str:
+    """The page of all four matches, as the browser reads it."""
+    return shown_text(page.search_page(index_of(library), 4, "file", f"{HOSTILE} {HOSTILE}"))
+
+
+def results_of(html: str) -> list[Elements]:
+    return [Elements(item) for item in re.findall(r"<li>.*?</li>", html, re.DOTALL)]
+
+
+def played(result: Elements, scratch: Path) -> np.ndarray:
+    """Return the waveform that a result's player plays."""
+    (audio,) = result.of("audio")
+    kind, _, mp3 = audio.attributes["src"].partition(",")
+    assert kind == "data:audio/mpeg;base64"
+    scratch.write_bytes(base64.b64decode(mp3))
+    return load_audio(scratch)
+
+
+def test_results_show_file_part_score_and_full_path(searched, library):
+    first, second, third, fourth = results_of(searched)
+    assert first.texts("span") == ["deep/long.wav", "0:10 to 0:20 of 0:35"]
+    assert first.texts("p")[0].startswith("score 0.500, above 75.0 %")
+    assert first.texts("code") == [str(library / "deep" / "long.wav")]
+    assert second.texts("span") == [f"{HOSTILE_SHOWN}.wav", "0:00 to 0:02 of 0:02"]
+    assert second.texts("code") == [f"{library}/{HOSTILE_SHOWN}.wav"]
+    assert third.texts("span") == ["deep/long.wav", "0:30 to 0:35 of 0:35"]
+    assert fourth.texts("p")[0].startswith("score -0.100, above 0.0 %")
+
+
+def test_a_player_plays_the_part_that_matches(searched, tmp_path):
+    waveforms = [played(result, tmp_path / "x.mp3") for result in results_of(searched)]
+    seconds = [len(waveform) / SAMPLE_RATE for waveform in waveforms]
+    assert seconds == pytest.approx([10, 2, 5, 10], abs=0.2)
+    # The mp3 leaves out the highest frequencies, so levels are compared with each other.
+    levels = np.array([waveform.std() for waveform in waveforms])
+    expected = np.array([LEVELS[1], 0.1, LEVELS[3], LEVELS[2]])
+    assert levels / levels[0] == pytest.approx(expected / expected[0], rel=0.05)
+
+
+def test_a_link_downloads_what_is_played(searched):
+    for result in results_of(searched):
+        (link,) = result.of("a")
+        (audio,) = result.of("audio")
+        assert link.attributes["href"] == audio.attributes["src"]
+    first, second, *_ = results_of(searched)
+    assert first.of("a")[0].attributes["download"] == "long 0.10.mp3"
+    assert second.of("a")[0].attributes["download"] == f"{HOSTILE_SHOWN} 0.00.mp3"
+
+
+@pytest.mark.parametrize("change", ["removed", "cut short", "replaced"])
+def test_a_file_that_changed_costs_its_own_line_only(short, tmp_path, change):
+    other = Match(tmp_path / "other.wav", 0.5, 0.75, 10, 20, 35)
+    if change == "cut short":
+        write_wav(tmp_path / "other.wav", noise(4))
+    if change == "replaced":
+        (tmp_path / "other.wav").write_text("no sound")
+    short.matches = [other, *short.matches]
+    first, second = results_of(page.search_page(short, 4, "file", "rain"))
+    (fault,) = first.texts("p", **{"class": "fault"})
+    assert str(tmp_path / "other.wav") in fault
+    assert first.of("audio") == []
+    assert first.of("a") == []
+    assert len(second.of("audio")) == 1
+
+
+def test_nothing_of_a_search_becomes_markup(searched):
+    tags = "form label input button ol li span audio code a"
+    assert_nothing_is_markup(searched, *tags.split())
+    (field,) = Elements(searched).of("input")
+    assert field.attributes["value"] == f"{HOSTILE_SHOWN} {HOSTILE_SHOWN}"
+    labels = [audio.attributes["aria-label"] for audio in Elements(searched).of("audio")]
+    assert labels[1] == f"{HOSTILE_SHOWN}.wav, 0:00 to 0:02"
+
+
+def test_what_cannot_be_searched_for_is_told(index):
+    html = page.search_page(index, 4, "file", "!")
+    assert Elements(html).texts("p", **{"class": "fault"}) == ["'!': no <word> is left"]
+
+
+def test_before_a_search_there_is_the_field_alone(index):
+    html = page.search_page(index, 4, "file", "")
+    assert index.asked == []
+    assert "<ol" not in html
+    assert f"4 files in {index.root}" in html
+    index.names = ["one"]
+    assert f"1 file in {index.root}" in page.search_page(index, 4, "file", "")
+
+
+@pytest.mark.parametrize(
+    ("by", "whole"), [("file", "the whole file."), ("segment", "the file's best 10 s.")]
+)
+def test_the_page_explains_score_and_above(short, by, whole):
+    html = page.search_page(short, 4, by, "rain")
+    assert f"The score is the cosine of the sentence and {whole}" in html
+    assert "“Above 90 %” says that 90 % of the files in the folder score lower" in html
+
+
+@contextlib.contextmanager
+def serving(index, top: int = 4, by: str = "file") -> Iterator:
+    """Serve the search page of an index from a thread."""
+    server = page.search_server(0)
+    thread = threading.Thread(target=page.serve, args=(server, index, top, by))
+    thread.start()
     try:
-        ready = next(line for line in driver.stdout if "successfully" in line)
-        browser = Browser(re.search(r"port (\d+)", ready)[1], tmp_path_factory.mktemp("profile"))
-        yield browser
-        browser.call("", "DELETE")
+        yield server
     finally:
-        driver.terminate()
-        driver.wait()
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
-def test_the_page_in_a_browser(evaluation, browser):
-    phone = {"width": 390, "height": 800, "deviceScaleFactor": 2, "mobile": True}
-    browser.devtools("Emulation.setDeviceMetricsOverride", **phone)
-    browser.call("/url", url=(evaluation.folder / "page.html").as_uri())
-    # Nothing from outside becomes markup, or is fetched; controls have names, no id is there twice.
-    assert browser.script("""
-        const named = [...document.querySelectorAll("audio, figure svg, input, [tabindex]")];
+class Reply(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    html: str
+
+
+def ask(server, path: str, host: str | None = None) -> Reply:
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+    headers = {}
+    if host is not None:
+        headers["Host"] = host
+    connection.request("GET", path, headers=headers)
+    reply = connection.getresponse()
+    text = reply.read().decode()
+    connection.close()
+    return Reply(reply.status, dict(reply.headers), text)
+
+
+def test_the_server_answers_a_sentence_with_its_page(short, capsys):
+    with serving(short, 3, "segment") as server:
+        reply = ask(server, "/?q=++rain+%26+bells+")
+    assert reply.status == 200
+    assert short.asked == [("rain & bells", 3, "segment")]
+    assert reply.html == shown_text(page.search_page(short, 3, "segment", "rain & bells"))
+    assert f"http://127.0.0.1:{server.server_port}/" in capsys.readouterr().out
+
+
+def test_the_policy_lets_nothing_in(index):
+    with serving(index) as server:
+        policy = ask(server, "/").headers["Content-Security-Policy"]
+    rules = dict(rule.split(maxsplit=1) for rule in policy.split("; "))
+    assert rules["default-src"] == "'none'"
+    assert rules["media-src"] == "data:"
+    assert "script-src" not in rules
+
+
+LOCAL = ["localhost", "localhost:9000", "127.0.0.1:1", "[::1]", "[::1]:8765", "LocalHost:80"]
+FOREIGN = [
+    "evil.example", "evil.example:8765", "localhost.evil.example", "127.0.0.1.evil.example",
+    "127.0.0.11", "evil.example/localhost", "[::1].evil.example", "",
+]
+
+
+@pytest.mark.parametrize(
+    ("host", "status"), [(host, 200) for host in LOCAL] + [(host, 403) for host in FOREIGN]
+)
+def test_only_names_of_this_machine_are_answered(index, host, status):
+    index.matches = []
+    with serving(index) as server:
+        reply = ask(server, "/?q=rain", host)
+    assert reply.status == status
+    assert len(index.asked) == (status == 200)
+    assert ("so that no other web page can read it" in reply.html) == (status == 403)
+
+
+def test_another_path_is_not_found(index):
+    with serving(index) as server:
+        reply = ask(server, "/etc/passwd?q=rain")
+    assert reply.status == 404
+    assert "There is no page /etc/passwd" in reply.html
+    assert index.asked == []
+
+
+@pytest.mark.parametrize("port", [None, 70_000])
+def test_a_port_that_cannot_be_had_is_one_line(port):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        with pytest.raises(InputError, match=f"--port {port or taken}: .*; name another"):
+            page.search_server(port or taken)
+
+
+def test_the_search_command_serves_the_page(tiny_model, tmp_path, monkeypatch, capsys):
+    torch.save(tiny_model.checkpoint(), tmp_path / "best.pt")
+    sounds = tmp_path / "sounds"
+    for seed in range(3):
+        write_wav(sounds / f"{seed}.wav", noise(1, seed))
+    html = []
+
+    def ask_once(server):
+        thread = threading.Thread(target=serve_forever, args=(server,))
+        thread.start()
+        html.append(ask(server, "/?q=a+dog+barks").html)
+        server.shutdown()
+        thread.join()
+        raise KeyboardInterrupt  # as Ctrl-C does; it ends the server without a traceback
+
+    serve_forever = page.ThreadingHTTPServer.serve_forever
+    monkeypatch.setattr(page.ThreadingHTTPServer, "serve_forever", ask_once)
+    options = ["--checkpoint", str(tmp_path / "best.pt"), "--device", "cpu", "--top", "2"]
+    options += ["--serve", "--port", "0", "--audio", str(sounds)]
+    monkeypatch.setattr(sys, "argv", ["search", *options])
+    search.main()
+    index = search.SoundIndex.build(tiny_model, sounds)
+    paths = [str(match.path) for match in index.search("a dog barks", 2)]
+    assert [result.texts("code")[0] for result in results_of(html[0])] == paths
+    assert "http://127.0.0.1:" in capsys.readouterr().out
+
+
+# --- In a browser ---
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory) -> Iterator[Browser]:
+    with open_browser(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
+
+
+@pytest.fixture
+def opened(written, browser) -> Browser:
+    """The evaluation page, on a phone."""
+    browser.be_a_phone()
+    browser.open((written.folder / "page.html").as_uri())
+    return browser
+
+
+def test_nothing_is_fetched_and_every_control_has_a_name(opened):
+    assert opened.script("return document.title") == "A <b>page</b>"
+    assert opened.script("return performance.getEntriesByType('resource').length") == 0
+    assert opened.script("return document.querySelectorAll('main img, main i, main b').length") == 0
+    assert opened.script("""
+        const controls = [...document.querySelectorAll("audio, figure svg, input, [tabindex]")];
+        return controls.filter((control) => !control.ariaLabel && !control.labels.length).length;
+    """) == 0
+    assert opened.script("""
         const ids = [...document.querySelectorAll("[id]")].map((element) => element.id);
-        return document.title == "A <b>page</b>" && !document.querySelector("img, i, b, [onerror]")
-            && !performance.getEntriesByType("resource").length && ids.length == new Set(ids).size
-            && named.every((element) => element.ariaLabel || element.labels.length);
-    """)
-    # The filter shows the queries that hold every word, and the groups that hold such queries.
+        return ids.length - new Set(ids).size;
+    """) == 0
+    assert opened.errors() == []
+
+
+def test_the_filter_shows_the_queries_that_hold_every_word(opened, written):
     count = "return document.querySelectorAll('.query:not([hidden])').length + shown.textContent"
-    assert browser.script(count) == "6060 of 60 queries shown"
-    browser.type("#filter", "7 BELL")
-    assert re.match(r"([1-9])\1 of 60", browser.script(count))  # bell 7, bell 17 and bell 27
-    browser.type("#filter", " nonsense")
-    assert browser.script("return document.querySelectorAll('.group:not([hidden])').length") == 0
-    assert browser.script("""  // sounds play, one at a time
-        filter.value = ""; show();
+    assert opened.script(count) == "6060 of 60 queries shown"
+    opened.type("#filter", "7 BELL")
+    captions = [card.caption for card in cards_of(written.html)]
+    expected = sum("7" in caption and "bell" in caption for caption in captions)
+    assert expected > 0
+    assert opened.script(count) == f"{expected}{expected} of 60 queries shown"
+    opened.type("#filter", " nonsense")
+    assert opened.script("return document.querySelectorAll('.group:not([hidden])').length") == 0
+
+
+def test_sounds_play_one_at_a_time_and_show_their_length(opened):
+    assert opened.script("""
         const query = document.querySelector(".query");
         await new Promise((done) => { query.ontoggle = done; query.open = true; });
-        const [first, second] = query.querySelectorAll("audio");
-        await first.play(); await second.play();
+        const [first, second] = query.querySelectorAll("audio[src]");
+        if (!second.duration) {
+            await new Promise((done) => { second.onloadedmetadata = done; });
+        }
+        const length = second.duration;
+        await first.play();
+        await second.play();
         await new Promise((done) => { second.ontimeupdate = done; });
-        return first.paused && Math.abs(second.duration - 1.5) < 0.2;
+        return first.paused && !second.paused && Math.abs(length - 1.5) < 0.2;
     """)
-    assert browser.script("return document.documentElement.scrollWidth") <= 390  # the phone's
-    dark = {"name": "prefers-color-scheme", "value": "dark"}
-    browser.devtools("Emulation.setEmulatedMedia", features=[dark])
-    assert "rgb(20, 24, 28)" in browser.script("return getComputedStyle(document.body).background")
+
+
+def test_a_phone_needs_no_scrolling_to_the_side(opened):
+    assert opened.script("return document.documentElement.scrollWidth") <= 390
+
+
+def test_the_page_is_dark_where_the_system_is(opened):
+    background = "return getComputedStyle(document.body).backgroundColor"
+    assert opened.script(background) == "rgb(255, 255, 255)"
+    opened.be_dark()
+    assert opened.script(background) == "rgb(20, 24, 28)"
+
+
+def test_the_search_page_in_a_browser(index, browser):
+    browser.be_a_phone()
+    with serving(index) as server:
+        browser.open(f"http://localhost:{server.server_port}/")
+        assert browser.script("return document.activeElement.id") == "q"
+        browser.type("#q", "rain\ue007")  # the Enter key
+        lengths = browser.script("""
+            const players = [...document.querySelectorAll("audio")];
+            for (const player of players) {
+                if (!player.duration) {
+                    await new Promise((done) => { player.onloadedmetadata = done; });
+                }
+            }
+            return players.map((player) => player.duration);
+        """)
+        assert lengths == pytest.approx([10, 2, 5, 10], abs=0.2)
+        assert browser.script("return document.activeElement.value") == "rain"
+        assert browser.script("return document.documentElement.scrollWidth") <= 390
+        assert browser.script("""
+            const player = document.querySelector("audio");
+            await player.play();
+            await new Promise((done) => { player.ontimeupdate = done; });
+            return player.currentTime > 0;
+        """)
     assert browser.errors() == []

@@ -1,13 +1,11 @@
-"""Search: the index against plain products, what is new and changed, the command, the page."""
+"""Search: the index against plain products, what is new and changed, the command."""
 
-import http.client
 import io
 import json
 import os
 import re
 import socket
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -15,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import CAPTIONS, noise, write_wav
 
-from dualenc import DualEncoder, audio, decoding, page, search
+from dualenc import DualEncoder, audio, decoding, search
 from dualenc.errors import InputError
 from dualenc.search import File, SoundIndex
 
@@ -227,47 +225,3 @@ def test_bad_input_is_one_line(command, folder, tmp_path, monkeypatch, arguments
             command(*(argument.format(taken=port) for argument in arguments))
     assert "\n" not in str(error.value)
     assert not (folder / search.INDEX_NAME).exists()  # before the folder is embedded
-
-
-def test_the_page_plays_what_matches(command, folder, capsys, monkeypatch):
-    write_wav(folder / "long <i>.wav", noise(11, 3))
-
-    def ask(server, path, **headers):
-        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
-        connection.request("GET", path, headers=headers)
-        response = connection.getresponse()
-        return response.status, response.read().decode(), response.headers
-
-    def serve(server):
-        threading.Thread(target=serve_forever, args=(server,), daemon=True).start()
-        status, text, headers = ask(server, "/?q=rain+%26+%3Cb%3E")
-        assert status == 200 and "media-src data:" in headers["Content-Security-Policy"]
-        assert 'value="rain &amp; &lt;b&gt;"' in text and "long &lt;i&gt;.wav, 0:" in text
-        assert text.count('src="data:audio/mpeg;base64,') == 4
-        assert "<audio" not in ask(server, "/")[1]
-        assert "no word is left" in ask(server, "/?q=%21")[1]
-        # A foreign name that has come to mean this machine (DNS rebinding), and another path.
-        assert ask(server, "/?q=rain", Host="evil.example")[0] == 404
-        assert ask(server, "/etc/passwd")[0] == 404
-        (folder / "a.wav").unlink()
-        assert "no such file" in ask(server, "/?q=rain")[1]
-        server.shutdown()
-        raise KeyboardInterrupt  # ends it without a traceback
-
-    serve_forever = page.ThreadingHTTPServer.serve_forever
-    monkeypatch.setattr(page.ThreadingHTTPServer, "serve_forever", serve)
-    command("--serve", "--port", 0, "--audio", folder)
-    assert "http://127.0.0.1:" in capsys.readouterr().out
-
-
-def test_what_is_played_is_the_segment_that_matches(tiny_model, tmp_path, monkeypatch):
-    waveform = noise(35, 5) * np.repeat([0.1, 1, 0.3, 0.6], 320_000)[: 35 * 32_000]
-    path, played = write_wav(tmp_path / "long.wav", waveform), []
-    index = search.SoundIndex.build(tiny_model, tmp_path)
-    monkeypatch.setattr(page, "encode_mp3", lambda sound: played.append(sound) or b"")
-    for start, end in ((0, 10), (10, 20), (20, 30), (30, 35)):
-        match = search.Match(path, 0.5, 0.5, start, end, 35)
-        monkeypatch.setattr(index, "search", lambda *arguments, match=match: [match])
-        page.answer(index, 1, "file", "rain")
-        expected = waveform[start * 32_000 : end * 32_000]
-        np.testing.assert_allclose(played.pop(), expected, atol=1e-4)
