@@ -1,6 +1,6 @@
 """Waveform -> 10 s segments -> log-mel -> PaSST (report, sections 4 and 5).
 
-n samples at 32 kHz, S segments of 10 s, F = 1000 frames of a segment, W = 768 values.
+n samples at 32 kHz, C clips, S segments of 10 s, F = 1000 frames of a segment, W = 768 values.
 """
 
 import functools
@@ -19,35 +19,54 @@ from dualenc.decoding import load_audio as load_audio
 
 SEGMENT_SECONDS = 10
 SEGMENT_SAMPLES = SEGMENT_SECONDS * SAMPLE_RATE  # 320,000
-MAX_SEGMENTS = 3  # of one clip, as in section 4: 30 s
-CLIP_SAMPLES = MAX_SEGMENTS * SEGMENT_SAMPLES  # 960,000
-MIN_REMAINDER = SAMPLE_RATE // 10  # 0.1 s: less than this after a full segment is dropped
+MAX_SEGMENTS = 3
+CLIP_SAMPLES = MAX_SEGMENTS * SEGMENT_SAMPLES  # 960,000: 30 s, as in section 4
+MIN_REMAINDER = SAMPLE_RATE // 10  # 3,200: less than 0.1 s after a full segment is dropped
 HOP_SAMPLES = 320  # 10 ms
 SEGMENT_FRAMES = SEGMENT_SAMPLES // HOP_SAMPLES  # 1000
 MEL_BANDS = 128
+
+# Segments computed at a time. A CPU's caches hold the spectra of one segment, and PaSST's
+# activations of two: of two at a time each takes 0.15 s, of 24 0.21 s (report's size, bf16).
+CPU_LOG_MEL_CHUNK = 1
+CPU_PASST_CHUNK = 2
+GPU_CHUNK = 64
 
 
 # --- Waveform -> segments (section 4, "segment handling" and "chunking") ---
 
 def crop(waveform: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
-    """(n,) -> (at most 960,000,): a random 30 s in training, the first 30 s without a generator."""
+    """Take a random 30 s with a generator, the first 30 s without: (n,) -> (at most 960000,)."""
     excess = len(waveform) - CLIP_SAMPLES
     if excess <= 0:
         return waveform
-    start = 0 if rng is None else int(rng.integers(excess + 1))
+    start = 0
+    if rng is not None:
+        start = int(rng.integers(excess + 1))
     return waveform[start : start + CLIP_SAMPLES]
 
 
-def to_segments(waveforms: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """C waveforms (n,) -> the segments of all (S, 320000), and how many each has (C,).
+def segment_count(samples: int) -> int:
+    """Count the 10 s segments of a sound of so many samples: at least one."""
+    full, remainder = divmod(samples, SEGMENT_SAMPLES)
+    if full == 0 or remainder >= MIN_REMAINDER:
+        return full + 1
+    return full
 
-    Each is zero-padded in its last segment only: silence is never computed. A remainder of less
-    than 0.1 s after a full segment is dropped.
+
+def to_segments(waveforms: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Cut C waveforms (n,) into segments (S, 320000), and count those of each clip (C,).
+
+    The counts sum to S. Zeros fill up a clip's last segment only; a short clip has fewer segments.
     """
-    counts = [max(1, 1 + (len(w) - MIN_REMAINDER) // SEGMENT_SAMPLES) for w in waveforms]
+    counts = [segment_count(len(waveform)) for waveform in waveforms]
     segments = np.zeros((sum(counts), SEGMENT_SAMPLES), waveforms[0].dtype)
-    for waveform, own in zip(waveforms, np.split(segments, np.cumsum(counts)[:-1]), strict=True):
-        own.reshape(-1)[: len(waveform)] = waveform[: own.size]
+    first = 0
+    for waveform, count in zip(waveforms, counts, strict=True):
+        clip = segments[first : first + count].reshape(-1)  # a view, (count * 320000,)
+        kept = waveform[: len(clip)]
+        clip[: len(kept)] = kept
+        first += count
     return torch.from_numpy(segments), torch.tensor(counts)
 
 
@@ -55,16 +74,16 @@ def to_segments(waveforms: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
 
 @functools.lru_cache(8)
 def _mel_filters(fmin: float, fmax: float, device: torch.device) -> Tensor:
-    """(128, 513): Kaldi's triangular filters; the Nyquist bin, which it leaves out, weighs zero."""
-    warp = dict(vtln_low=100.0, vtln_high=-500.0, vtln_warp_factor=1.0)  # none
+    """Make Kaldi's triangular filters (128, 513), with zero for the Nyquist bin that they lack."""
     kaldi = torchaudio.compliance.kaldi
+    warp = dict(vtln_low=100.0, vtln_high=-500.0, vtln_warp_factor=1.0)  # A factor of 1 is no warp.
     with device:
         filters, _ = kaldi.get_mel_banks(MEL_BANDS, 1024, SAMPLE_RATE, fmin, fmax, **warp)
     return F.pad(filters, (0, 1))
 
 
 class LogMel(AugmentMelSTFT):
-    """PaSST's own log-mel with its outputs unchanged; its filters are not computed at every call.
+    """PaSST's own log-mel; unlike hear21passt's, it keeps its filters from call to call.
 
     Frequency and time masking are off, as in the baseline; fmin and fmax jitter in training.
     """
@@ -76,14 +95,15 @@ class LogMel(AugmentMelSTFT):
         )
 
     def forward(self, segments: Tensor) -> Tensor:
-        """(S, 320000) float32 -> (S, 128, F) float32."""
+        """Compute the log-mel spectrograms of segments: (S, 320000) -> (S, 128, F), float32."""
         fmin, fmax = self.fmin, self.fmax
-        if self.training:  # as hear21passt draws: the same seed gives the same spectrogram
+        if self.training:
+            # Drawn as hear21passt draws, so the same seed gives the same spectrogram.
             fmin += torch.randint(self.fmin_aug_range, (1,)).item()
             fmax += self.fmax_aug_range // 2 - torch.randint(self.fmax_aug_range, (1,)).item()
         filters = _mel_filters(fmin, fmax, segments.device)
-        # A CPU's caches hold the spectra of one segment.
-        chunks = segments.split(1 if segments.device.type == "cpu" else 64)
+        chunk_size = CPU_LOG_MEL_CHUNK if segments.device.type == "cpu" else GPU_CHUNK
+        chunks = segments.split(chunk_size)
         return torch.cat([self._log_mel(chunk, filters) for chunk in chunks])
 
     def _log_mel(self, segments: Tensor, filters: Tensor) -> Tensor:
@@ -110,7 +130,10 @@ class PatchProjection(nn.Module):
         self.bias = convolution.bias  # (W,)
 
     def forward(self, log_mel: Tensor) -> Tensor:
-        """(S, 1, 128, F) -> (S, W, rows, columns); frames that fill no patch are left out."""
+        """Embed patches: (S, 1, 128, F) -> (S, W, rows, columns).
+
+        The last frames are left out where they fill no patch: 8 of 1000 with patches of 16.
+        """
         bands, frames = self.weight.shape[2:]
         patches = log_mel.squeeze(1).unfold(1, bands, bands).unfold(2, frames, frames)
         patches = patches.flatten(3)  # (S, rows, columns, bands * frames)
@@ -119,9 +142,9 @@ class PatchProjection(nn.Module):
 
 
 class Attention(nn.Module):
-    """An attention block of hear21passt's with the same weights, by the faster way.
+    """hear21passt's attention with the same weights and a fused kernel, up to 9 times as fast.
 
-    That is the fused kernel (up to 9 times), but for bf16 on a CPU (20 ms a block against 48).
+    In bf16 on a CPU it is written out: a block then takes 20 ms, with the fused kernel 48.
     """
 
     def __init__(self, plain: passt.Attention):
@@ -129,7 +152,7 @@ class Attention(nn.Module):
         self.heads, self.qkv, self.proj = plain.num_heads, plain.qkv, plain.proj
 
     def forward(self, x: Tensor) -> Tensor:
-        """(S, patches, W) -> the same shape."""
+        """Attend from every patch to all of its segment: (S, patches, W) -> the same shape."""
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if q.device.type == "cpu" and q.dtype == torch.bfloat16:
             attention = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
@@ -151,7 +174,7 @@ class AudioTower(nn.Module):
         self, width: int, depth: int, heads: int, patch: tuple[int, int], patchout: tuple[int, int]
     ):
         super().__init__()
-        passt.first_RUN = False  # else hear21passt prints every shape of its first forward
+        passt.first_RUN = False  # Otherwise hear21passt prints every shape of its first forward.
         self.mel = LogMel()
         self.passt = passt.PaSST(
             img_size=(MEL_BANDS, SEGMENT_FRAMES), patch_size=patch, stride=patch, embed_dim=width,
@@ -162,17 +185,29 @@ class AudioTower(nn.Module):
         for block in self.passt.blocks:
             block.attn = Attention(block.attn)
         self.passt.head = nn.Identity()
-        self.passt.head_dist = nn.Identity()  # not None: the distillation token stays in use
+        # None would stand for a PaSST without distillation token.
+        self.passt.head_dist = nn.Identity()
 
     def forward(self, segments: Tensor) -> Tensor:
-        """(S, 320000) int16, or float in -1..1 -> (S, W): class and distillation token averaged."""
+        """Encode segments: (S, 320000) int16, or float in -1..1 -> (S, W).
+
+        PaSST's features are the mean of its class token and its distillation token.
+        """
         if segments.dtype == torch.int16:
             segments = segments.float() / INT16_SCALE
         with torch.autocast(segments.device.type, enabled=False):
             log_mel = self.mel(segments)
-        if self.training:  # together: patchout is drawn once for all
-            with log_mel.device:  # where it is to draw, or a GPU would be waited for
-                return self.passt(log_mel.unsqueeze(1))[1]
-        # Without gradients, two segments at a time take 0.15 s each on a CPU, 24 take 0.21 (bf16).
-        chunks = log_mel.unsqueeze(1).split(2 if log_mel.device.type == "cpu" else 64)
-        return torch.cat([self.passt(chunk)[1] for chunk in chunks])
+        log_mel = log_mel.unsqueeze(1)  # (S, 1, 128, F): PaSST takes images of one channel
+        if self.training:
+            # All segments in one piece, since patchout is drawn once for all of them; and drawn on
+            # their device, since a draw on the CPU would force a GPU sync.
+            with log_mel.device:
+                _, features = self.passt(log_mel)
+            return features
+        # Without patchout a segment's features do not depend on its neighbours.
+        chunk_features = []
+        chunk_size = CPU_PASST_CHUNK if log_mel.device.type == "cpu" else GPU_CHUNK
+        for chunk in log_mel.split(chunk_size):
+            _, features = self.passt(chunk)
+            chunk_features.append(features)
+        return torch.cat(chunk_features)
