@@ -2,12 +2,13 @@
 
     python -m dualenc.miniature data/miniature
 
-Every clip begins as a scene: one to three sounds that follow one another, and sometimes a bed, a
-sound that lasts under all of them. From the scene come
+Every clip begins as a scene: one to three sounds that follow one another, each in some manner, and
+sometimes a bed, a sound that lasts under all of them. A loud dog, then a bell, over rain, becomes
 
-    render      the waveform
-    captions    several captions; each tells all of the scene but some of its manners
-    annotate    for a caption as a query, all clips of whose scenes it is true
+    render      a waveform: barks, then strokes of a bell, and patter from beginning to end
+    captions    "A dog barks loudly in the yard and then a bell rings in a tower while rain falls on
+                a roof.", and others; each tells all of the scene but some of its manners
+    annotate    for such a caption as a query, all clips of whose scenes it is true
 
 The layout on disk is that of the real data sets, as aac-datasets writes them.
 """
@@ -20,7 +21,7 @@ import wave
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -32,14 +33,12 @@ from dualenc.errors import Parser, run_command
 RATE_HZ = SAMPLE_RATE // 2
 SEED = 0
 
-Option = TypeVar("Option")
 
-
-def choose(rng: np.random.Generator, options: Sequence[Option]) -> Option:
+def choose(rng: np.random.Generator, options: Sequence):
     return options[rng.integers(len(options))]
 
 
-def choose_by_share(rng: np.random.Generator, shares: dict[Option, float]) -> Option:
+def choose_by_share(rng: np.random.Generator, shares: dict):
     """Choose one of the keys; a key's value is its probability."""
     return list(shares)[rng.choice(len(shares), p=list(shares.values()))]
 
@@ -56,10 +55,10 @@ def arch(t: np.ndarray) -> np.ndarray:
 
 
 class Voice(NamedTuple):
-    """A synthesiser for one sound; the methods from `bark` on each return a source's (samples,).
+    """A synthesiser for one sound; each method from `bark` on imitates a source: (samples,).
 
-    What they draw first stays as it is throughout the sound (this dog). What they draw within
-    `stroke` differs from stroke to stroke (each bark).
+    What such a method draws first holds throughout the sound (this dog). What it draws within its
+    function `stroke` differs from stroke to stroke (each bark).
     """
 
     rng: np.random.Generator
@@ -339,6 +338,8 @@ SOURCES = {
 # --- Scenes -----------------------------------------------------------------------------------
 
 class Sound(NamedTuple):
+    """A source that is heard in some manner."""
+
     source: str  # a key of SOURCES
     manner: str | None  # a key of MANNERS, or None: nothing remarkable, or not told by a caption
 
@@ -508,7 +509,7 @@ def captions(scene: Scene, data_set: DataSet, n: int, rng: np.random.Generator) 
     told_by = {}
     while len(told_by) < n:
         told = leave_out_manners(scene, rng)
-        told_by[word(told, data_set, rng)] = told
+        told_by[compose(told, data_set, rng)] = told
     return told_by
 
 
@@ -524,8 +525,8 @@ def leave_out_manners(scene: Scene, rng: np.random.Generator) -> Scene:
     return Scene(tuple(told[:-1]), told[-1])
 
 
-def word(told: Scene, data_set: DataSet, rng: np.random.Generator) -> str:
-    """Return a caption that tells all of a scene, in the style of a data set."""
+def compose(told: Scene, data_set: DataSet, rng: np.random.Generator) -> str:
+    """Compose a caption that tells all of a scene, in the style of a data set."""
     patterns = (data_set.one_sound, data_set.two_sounds, data_set.three_sounds)
     pattern = choose(rng, patterns[len(told.front) - 1])
     verb_form = "finite" if data_set.has_sentences else "participle"
@@ -545,7 +546,7 @@ def word(told: Scene, data_set: DataSet, rng: np.random.Generator) -> str:
 
 
 def phrase(sound: Sound, verb_form: str, data_set: DataSet, rng: np.random.Generator) -> str:
-    """Return words for one sound: "a dog barks loudly in the yard", or "a dog barking loudly"."""
+    """Word one sound: "a dog barks loudly in the yard", or "a dog barking loudly"."""
     wording = choose(rng, SOURCES[sound.source].phrases)
     words = [wording.subject]
     if verb_form == "finite":
@@ -561,7 +562,7 @@ def phrase(sound: Sound, verb_form: str, data_set: DataSet, rng: np.random.Gener
 
 # --- Clips, and the annotations of an evaluation split ----------------------------------------
 
-# In the order of the data sets' splits: a split's place is part of its clips' keys.
+# A clip's key is (SEED, the number of its split in this list, its index).
 SPLITS = {
     "development": CLOTHO,
     "validation": CLOTHO,
@@ -576,16 +577,18 @@ YOUTUBE_ALPHABET = "-_ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz012345
 
 
 class Clip(NamedTuple):
+    """A clip whose sound is on disk."""
+
     file_name: str
     scene: Scene
-    captions: dict[str, Scene]  # the scene as far as each caption tells it
+    captions: dict[str, Scene]  # with each caption the scene as far as it is told
 
 
 def write_clip(folder: Path, split: str, index: int) -> Clip:
-    """Write the sound of one clip; all of the clip follows from its split and index."""
+    """Write the sound of one clip, all of which follows from its split and index."""
     rng = np.random.default_rng((SEED, list(SPLITS).index(split), index))
     data_set = SPLITS[split]
-    captions_per_clip = 1 if split == "train" else 5
+    captions_per_clip = 1 if split == "train" else 5  # Only AudioCaps' train split has one.
 
     scene = draw_scene(rng)
     shortest, longest = choose_by_share(rng, data_set.seconds)
@@ -624,7 +627,8 @@ def annotate(clips: Sequence[Clip], rng: np.random.Generator) -> dict[str, list[
 def write_miniature(folder: Path, sizes: dict[str, int] = CLIPS) -> str:
     """Write both data sets into a new folder, with so many clips of each split.
 
-    Returns a line that says what was done. What an interruption left beside the folder is used.
+    Returns a line that says what was done. All is first written to a hidden folder beside it; where
+    an interruption left that one unfinished, it is completed.
     """
     if folder.exists() and any(folder.iterdir()):
         return f"{folder}: is there already, and left as it is."
