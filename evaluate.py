@@ -10,7 +10,6 @@ N clips, Q captions, each of them a query, D embedding values. Figures are fract
 the table shows them in percent.
 """
 
-import ast
 import datetime
 import json
 import os
@@ -24,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dualenc.checkpoints import checkpoint_file, newest_checkpoint, read_checkpoint
-from dualenc.data import Split, decode_splits, read_csv, read_split, was_seen
+from dualenc.data import Split, decode_splits, parse_names, read_csv, read_split, was_seen
 from dualenc.errors import InputError, Parser, replacing, run_command
 from dualenc.metrics import METRICS, RESAMPLES, bootstrap, interval, query_metrics, ranks
 from dualenc.model import PRECISIONS, DualEncoder, choose_device, choose_precision
@@ -255,14 +254,6 @@ def read_annotations(path: Path, split: Split) -> dict[int, list[int]]:
     if faults:
         raise InputError.of(str(path), faults)
     return annotations
-
-
-def parse_names(text: str) -> list[str]:
-    """Read the list of file names in an annotation, or the one name that stands there."""
-    try:
-        return list(ast.literal_eval(text))
-    except (ValueError, SyntaxError, TypeError):
-        return [text]
 
 
 # --- The models ---

@@ -1,19 +1,22 @@
-"""Clotho, AudioCaps or a folder of one's own -> clips -> waveforms -> batches (report, section 3).
+"""Clotho, AudioCaps or a folder of sounds -> clips and captions -> batches (report, section 3).
 
     python -m dualenc.data check FOLDER    # what is there, and what is wrong with it
 
-Whatever is drawn here (the order of an epoch, a crop) is seeded from (seed, epoch, index): workers,
-processes and resumed runs see the same batches.
+All that is random here is seeded from (seed, epoch) or (seed, epoch, clip): data workers, processes
+and resumed runs make the same batches.
 
-n samples at 32 kHz; B pairs of a batch, B_r of a process's share, C clips, S segments, L tokens.
+n samples at 32 kHz; P pairs in all; B pairs of a batch, B_r of one process's share of it,
+C clips, S segments, L tokens.
 """
 
-import collections
+import ast
 import csv
 import dataclasses
 import hashlib
 import json
 import os
+import textwrap
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,35 +31,17 @@ from tqdm import tqdm
 
 from dualenc.audio import crop, to_segments
 from dualenc.decoding import (
-    SAMPLE_RATE, Waveforms, all_channels, decode_once, load_audio, sounds_below,
+    SAMPLE_RATE, Waveforms, all_channels, decode_once, sounds_below, stream_audio,
 )
 from dualenc.errors import InputError, Parser, printable, run_command
 from dualenc.text import tokenize
 
-# --- What lies where ---
+PARTS = ("train", "val", "test")
+HELD_OUT_SHARE = 0.1  # of a folder's clips
+MIN_HELD_OUT = 10  # clips, where a folder has at least twenty
 
-SPLITS = {"train": "development", "val": "validation", "test": "evaluation"}  # and Clotho's names
-PLACES = {  # of a csv file and its sounds, below the data folder or one of the roots in it
-    "clotho": (("CLOTHO_v2.1", "clotho_v2.1", "clotho", "Clotho", "."), (
-        ("clotho_captions_{name}.csv", "{name}"),  # what the archives unpack to
-        ("clotho_csv_files/clotho_captions_{name}.csv", "clotho_audio_files/{name}"),
-        ("csv_files/{split}.csv", "waveforms/{split}"),
-    )),
-    "audiocaps": (("AUDIOCAPS", "audiocaps", "AudioCaps", "."), (
-        ("csv_files_v1/{split}.csv", "audio_32000Hz/{split}"),  # aac-datasets
-        ("{split}.csv", "audio_32000Hz/{split}"),
-        ("csv_files_v1/{split}.csv", "{split}"),
-        ("{split}.csv", "{split}"),
-        ("csv_files_v2/{split}.csv", "audio_32000Hz/{split}"),  # AudioCaps 2.0
-    )),
-}
-# What AudioCaps' sound files are called, before the suffix; the first is aac-datasets'.
-NAMINGS = (
-    "{youtube_id}_{start_time}", "{youtube_id}_{start_time}_{end_time}", "Y{youtube_id}",
-    "{youtube_id}", "{audiocap_id}",
-)
-HELD_OUT_SHARE, HELD_OUT_CLIPS = 0.1, 10  # of a folder a tenth, but at least ten
 
+# --- A split: clips and their captions ---
 
 class Clip(NamedTuple):
     """One sound file and its captions; the name is the csv's, byte for byte."""
@@ -68,331 +53,681 @@ class Clip(NamedTuple):
 
 @dataclasses.dataclass
 class Split:
-    """One split of a data set, as found on disk.
-
-    Its name is "clotho/development", "audiocaps/train", or "FOLDER@DIGEST/all", "/train", "/val": a
-    folder is known by its clips' names and captions, wherever it lies.
-    """
+    """One split of a data set, as it was found on disk; parse_split_name explains its name."""
 
     name: str
     source: Path  # the csv file
     clips: list[Clip]  # those whose file is there, in the csv's order
     missing: list[str]  # names of files that the csv lists and the disk lacks
-    waveforms: Sequence[np.ndarray] = ()  # (n,) int16 of each clip, after decode_splits()
+    waveforms: Sequence[np.ndarray] = ()  # (n,) int16 of each clip, once decode_splits has run
 
     @property
     def captions(self) -> list[str]:
-        return [caption for clip in self.clips for caption in clip.captions]
+        """All captions, clip by clip."""
+        captions = []
+        for clip in self.clips:
+            captions += clip.captions
+        return captions
 
     @property
     def clip_of_caption(self) -> list[int]:
-        return [i for i, clip in enumerate(self.clips) for _ in clip.captions]
+        """The index of each caption's clip."""
+        clip_of_caption = []
+        for index, clip in enumerate(self.clips):
+            clip_of_caption += [index] * len(clip.captions)
+        return clip_of_caption
 
     @property
-    def identity(self) -> str:  # whatever a folder is called
-        digest = digest_of([[clip.name, clip.captions] for clip in self.clips])
-        return f"{self.name.rpartition('@')[2]} ({len(self.clips)} clips, digest {digest})"
+    def identity(self) -> str:
+        """The split in a run's settings: its clips and captions, whatever its folder is called."""
+        dataset, part = parse_split_name(self.name)
+        digest = short_digest([[clip.name, clip.captions] for clip in self.clips])
+        return f"{dataset}/{part} ({len(self.clips)} clips, digest {digest})"
 
     def __str__(self) -> str:
-        hours = sum(map(len, self.waveforms)) / SAMPLE_RATE / 3600
-        parts = [f"{len(self.clips):,} clips", f"{len(self.captions):,} captions"]
-        parts += [f"{hours:.2f} h"] * bool(self.waveforms)
-        parts += [f"{len(self.missing):,} more are not on disk"] * bool(self.missing)
-        return f"{self.name}: {', '.join(parts)} ({self.source})"
+        facts = [counted(len(self.clips), "clip"), counted(len(self.captions), "caption")]
+        if self.waveforms:
+            samples = sum(len(waveform) for waveform in self.waveforms)
+            facts.append(f"{samples / SAMPLE_RATE / 3600:.2f} h")
+        if self.missing:
+            facts.append(f"{len(self.missing):,} more not on disk")
+        return f"{self.name}: {', '.join(facts)} ({self.source})"
 
 
-def digest_of(values) -> str:
+def parse_split_name(name: str) -> tuple[str, str]:
+    """Take a split's name apart into its data set and its part.
+
+    "clotho/development" -> ("clotho", "development"); "audiocaps/train" -> ("audiocaps", "train").
+    A folder is known by a digest of its captions.csv, whatever it is called and wherever it lies:
+    "my_sounds@1a2b3c4d/val" -> ("1a2b3c4d", "val"). Its parts are "train", "val" and "all".
+    """
+    dataset, _, part = name.rpartition("@")[2].partition("/")
+    return dataset, part
+
+
+def short_digest(values) -> str:
+    """Return eight hexadecimal digits that stand for the values."""
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]
 
+
+def counted(count: int, noun: str) -> str:
+    """Return "1 clip", "1,045 clips"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def read_split(dataset: str, part: str, data_dir: Path) -> Split:
+    """Read which clips of a split are on disk, and their captions.
+
+    Args:
+        dataset: "clotho", "audiocaps", or a folder of sounds with a captions.csv.
+        part: "train", "val" or "test"; of a folder "train", "val" or "all".
+        data_dir: where Clotho and AudioCaps lie.
+
+    Raises:
+        InputError: there is no such split, a row of its csv cannot be used, or none of its sounds
+            is on disk.
+    """
+    if dataset == "clotho":
+        return read_clotho(part, data_dir)
+    if dataset == "audiocaps":
+        return read_audiocaps(part, data_dir)
+    return read_folder(Path(dataset), part)
+
+
+# --- What lies where ---
+
+class Layout(NamedTuple):
+    """Where a split's csv file and the folder of its sounds lie."""
+
+    table: Path
+    sounds: Path
+
+
+# Clotho and AudioCaps are looked for in these folders below the data folder, first to last.
+ROOTS = {
+    "clotho": ("CLOTHO_v2.1", "clotho_v2.1", "clotho", "Clotho", "."),
+    "audiocaps": ("AUDIOCAPS", "audiocaps", "AudioCaps", "."),
+}
+# Clotho calls its parts by other names than all others do.
+CLOTHO_NAMES = {"train": "development", "val": "validation", "test": "evaluation"}
+# The csv file and the folder of sounds of a {part}, in one of the roots.
+LAYOUTS = {
+    "clotho": (
+        ("clotho_captions_{clotho_name}.csv", "{clotho_name}"),  # as Clotho's archives unpack
+        ("clotho_csv_files/clotho_captions_{clotho_name}.csv", "clotho_audio_files/{clotho_name}"),
+        ("csv_files/{part}.csv", "waveforms/{part}"),
+    ),
+    "audiocaps": (
+        ("csv_files_v1/{part}.csv", "audio_32000Hz/{part}"),  # as aac-datasets writes it
+        ("{part}.csv", "audio_32000Hz/{part}"),
+        ("csv_files_v1/{part}.csv", "{part}"),
+        ("{part}.csv", "{part}"),
+        ("csv_files_v2/{part}.csv", "audio_32000Hz/{part}"),  # AudioCaps 2.0
+    ),
+}
+
+
+def possible_layouts(dataset: str, part: str, data_dir: Path) -> list[Layout]:
+    """Return all places where a split of Clotho or AudioCaps may lie."""
+    layouts = []
+    for root in ROOTS[dataset]:
+        for patterns in LAYOUTS[dataset]:
+            paths = []
+            for pattern in patterns:
+                name = pattern.format(part=part, clotho_name=CLOTHO_NAMES[part])
+                paths.append(data_dir / root / name)
+            layouts.append(Layout(*paths))
+    return layouts
+
+
+def find_layout(dataset: str, part: str, data_dir: Path) -> Layout:
+    """Return the first layout of which both csv file and sounds are there."""
+    if part not in PARTS:
+        raise InputError(f"--split {part}: {dataset} has train, val and test; all is of a folder")
+    layouts = possible_layouts(dataset, part, data_dir)
+    for layout in layouts:
+        if layout.table.is_file() and layout.sounds.is_dir():
+            return layout
+    with_table = [layout for layout in layouts if layout.table.is_file()]
+    example = with_table[0] if with_table else layouts[0]
+    raise InputError(
+        f"{data_dir}: no {dataset} here: looked for {example.table}, for example, and its sounds "
+        f"in {example.sounds}; --data-dir names another folder"
+    )
+
+
+def read_csv(table: Path, columns: Sequence[str], row_hint: str = "") -> list[dict[str, str]]:
+    """Read the rows of a comma-separated csv file in UTF-8 that has these columns.
+
+    An empty row, as Excel leaves at the end, is none. Anything else is an InputError; row_hint is
+    said of rows that are too short or too long.
+    """
+    rows = []
+    faulty_rows = []
+    columns_there: Sequence[str] = ()
+    fault = "has other columns"
+    try:
+        with open(table, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            for row in reader:
+                if not any(row.values()):
+                    continue
+                rows.append(row)
+                if None in row or None in row.values():  # so DictReader marks more or fewer fields
+                    faulty_rows.append(f"line {reader.line_num}")
+            columns_there = reader.fieldnames or ()
+    except FileNotFoundError as error:
+        raise InputError(f"{table}: no such file") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        fault = f"cannot be read ({error})"
+    if not set(columns) <= set(columns_there):
+        with open(table, "rb") as file:
+            first_line = printable(file.readline(200).decode(errors="replace").strip())
+        raise InputError(
+            f"{table}: a comma-separated csv in UTF-8 with the columns {','.join(columns)} is "
+            f"needed; it {fault}; its first line is {first_line!r}"
+        )
+    if not rows:
+        raise InputError(f"{table}: has no rows below its first line")
+    if faulty_rows:
+        headline = f"{table}: rows with fewer or more fields than its first line{row_hint}"
+        raise InputError.of(headline, faulty_rows)
+    return rows
+
+
+def sounds_by_name(folder: Path) -> dict[str, Path]:
+    """Return the sounds below a folder by their names as comparable_name writes them."""
+    sounds = {}
+    for path in sounds_below(folder):
+        sounds[comparable_name(os.path.relpath(path, folder))] = path
+    return sounds
+
+
+def comparable_name(name: str) -> str:
+    """Return a csv's name as the disk's: not sub\\a.wav, as on Windows, and in one Unicode form."""
+    return normalize("NFC", name.replace("\\", "/"))
+
+
+def match_with_disk(
+    split_name: str, layout: Layout, captions: dict[str, list[str]], sounds: dict[str, Path]
+) -> Split:
+    """Look for the sound of each file name that a csv lists.
+
+    Args:
+        captions: {file name in the csv: its captions}.
+        sounds: sounds_by_name(layout.sounds).
+    """
+    clips = []
+    missing = []
+    for name, clip_captions in captions.items():
+        path = sounds.get(comparable_name(name), layout.sounds / name)
+        if path.exists():
+            clips.append(Clip(name, path, tuple(clip_captions)))
+        else:
+            missing.append(name)
+    if not clips:
+        raise InputError(
+            f"{layout.table}: none of its {counted(len(missing), 'sound')} is in {layout.sounds}: "
+            f"looked for {missing[0]}, for example; there is {next(iter(sounds), 'none at all')}"
+        )
+    return Split(split_name, layout.table, clips, missing)
+
+
+# --- Clotho ---
+
+def read_clotho(part: str, data_dir: Path) -> Split:
+    """Read a split of Clotho: one row a clip, with five captions."""
+    layout = find_layout("clotho", part, data_dir)
+    captions = read_captions(layout.table)
+    sounds = sounds_by_name(layout.sounds)
+    return match_with_disk(f"clotho/{CLOTHO_NAMES[part]}", layout, captions, sounds)
+
+
+def read_captions(table: Path) -> dict[str, list[str]]:
+    """Read {file name: its captions}, which may be in several columns, several rows, or both."""
+    captions: dict[str, list[str]] = {}
+    for row in read_csv(table, ["file_name"]):
+        clip_captions = captions.setdefault(row["file_name"], [])
+        for column, text in row.items():
+            is_caption = column == "caption" or column.startswith("caption_")
+            if is_caption and text.strip():
+                clip_captions.append(text)
+    without = [name for name, clip_captions in captions.items() if not clip_captions]
+    if without:
+        headline = f"{table}: no caption (columns caption, or caption_1, ...) of"
+        raise InputError.of(headline, without)
+    return captions
+
+
+def parse_names(cell: str) -> list[str]:
+    """Read the file names in a cell of the new annotations: a Python list, or else one name."""
+    try:
+        return list(ast.literal_eval(cell))
+    except (ValueError, SyntaxError, TypeError):
+        return [cell]
+
+
+# --- AudioCaps ---
+
+# How AudioCaps' sound files are called, before the suffix; the first is aac-datasets' way.
+AUDIOCAPS_STEMS = (
+    "{youtube_id}_{start_time}", "{youtube_id}_{start_time}_{end_time}", "Y{youtube_id}",
+    "{youtube_id}", "{audiocap_id}",
+)
+AUDIOCAPS_SECONDS = 10  # of each excerpt of a video
+AUDIOCAPS_HINT = (
+    " (AudioCaps 2.0's dataset2.0/train.csv of github.com/cdjkim/audiocaps had three rows broken "
+    "over two lines until October 2025: fetch it again)"
+)
+
+
+def read_audiocaps(part: str, data_dir: Path) -> Split:
+    """Read a split of AudioCaps: one row a caption; a clip has one for training, or five."""
+    layout = find_layout("audiocaps", part, data_dir)
+    rows_of_clip = defaultdict(list)
+    for row in read_audiocaps_rows(layout.table):
+        rows_of_clip[row["youtube_id"], row["start_time"]].append(row)
+
+    sounds = sounds_by_name(layout.sounds)
+    name_of_stem = {Path(name).stem: name for name in sounds}
+    captions = {}
+    for rows in rows_of_clip.values():
+        captions[audiocaps_name(rows, name_of_stem)] = [row["caption"] for row in rows]
+    return match_with_disk(f"audiocaps/{part}", layout, captions, sounds)
+
+
+def read_audiocaps_rows(table: Path) -> list[dict]:
+    """Read the rows of AudioCaps' csv, with the end_time that some file names contain."""
+    columns = ["audiocap_id", "youtube_id", "start_time", "caption"]
+    rows = read_csv(table, columns, AUDIOCAPS_HINT)
+    faulty_times = []
+    for row in rows:
+        try:
+            row["end_time"] = int(float(row["start_time"])) + AUDIOCAPS_SECONDS
+        except ValueError:
+            faulty_times.append(row["start_time"])
+    if faulty_times:
+        raise InputError.of(f"{table}: a start_time is no number{AUDIOCAPS_HINT}", faulty_times)
+    return rows
+
+
+def audiocaps_name(rows: list[dict], name_of_stem: dict[str, str]) -> str:
+    """Return the name of a clip's file, or where there is none the name by aac-datasets.
+
+    The five rows of one clip have five audiocap_ids, and any of them may be the file's name.
+    """
+    for pattern in AUDIOCAPS_STEMS:
+        for row in rows:
+            stem = pattern.format(**row)
+            if stem in name_of_stem:
+                return name_of_stem[stem]
+    return AUDIOCAPS_STEMS[0].format(**rows[0]) + ".wav"
+
+
+# --- A folder of sounds with a captions.csv ---
+
+def read_folder(folder: Path, part: str) -> Split:
+    """Read a folder, or the part of it that is trained on ("train") or held out ("val")."""
+    layout = Layout(folder / "captions.csv", folder)
+    if not layout.table.is_file():
+        raise InputError(
+            f"{folder}: no data set: give clotho, audiocaps, or a folder of sounds with a "
+            "captions.csv of file_name,caption or file_name,caption_1,..."
+        )
+    if part == "test":
+        raise InputError(f"{folder}: a folder has no test split; give --split val, or all")
+    captions = read_captions(layout.table)
+    digest = short_digest(sorted(captions.items()))
+    split_name = f"{folder.resolve().name}@{digest}/{part}"
+    if part != "all":
+        if len(captions) < 2:
+            raise InputError(f"{folder}: nothing can be held out of a single clip")
+        held_out = names_held_out(list(captions))
+        names = held_out if part == "val" else captions.keys() - held_out
+        captions = {name: captions[name] for name in captions if name in names}
+    return match_with_disk(split_name, layout, captions, sounds_by_name(folder))
+
+
+def names_held_out(names: list[str]) -> set[str]:
+    """Choose a tenth of a folder's clips, at least ten, or half of fewer than twenty.
+
+    The csv's names are drawn from, not the files on disk: a sound that goes missing moves no other.
+    """
+    count = round(HELD_OUT_SHARE * len(names))
+    count = max(count, min(MIN_HELD_OUT, len(names) // 2))
+    shuffled = np.random.default_rng(0).permutation(len(names))
+    return {names[i] for i in shuffled[:count]}
+
+
+# --- What is trained on, and what validates ---
 
 def training_splits(
     datasets: Sequence[str], validation: str | None, data_dir: Path
 ) -> tuple[list[Split], Split]:
-    """What is trained on, AudioCaps' splits merged (section 3), and what chooses the best epoch.
+    """Read the splits that are trained on, and the one whose mAP@10 chooses the best epoch.
 
-    That is Clotho's validation split, or, with folders alone, what is held out of the first one.
+    Clotho's validation split does that by default, or, with folders alone, what is held out of the
+    first one. InputError where a clip would be trained on twice, or both trained on and validated.
     """
     if validation is None:
-        validation = "clotho" if PLACES.keys() & set(datasets) else datasets[0]
-    of_folder = {name: ["train" if name == validation else "all"] for name in datasets}
-    parts = of_folder | {"clotho": ["train"], "audiocaps": SPLITS}
-    splits = [read_split(name, part, data_dir) for name in datasets for part in parts[name]]
-    held_out, names = read_split(validation, "val", data_dir), [split.name for split in splits]
-    if len(set(names)) < len(names) or was_seen(held_out, names):
-        raise InputError(f"--datasets {' '.join(datasets)}: the same twice, or {held_out.name}, "
-                         "which validates, is trained on")
-    return splits, held_out
+        trains_on_published = "clotho" in datasets or "audiocaps" in datasets
+        validation = "clotho" if trains_on_published else datasets[0]
+    splits = []
+    for dataset in datasets:
+        if dataset == "clotho":
+            parts = ["train"]
+        elif dataset == "audiocaps":
+            parts = ["train", "val", "test"]  # merged (section 3)
+        elif dataset == validation:
+            parts = ["train"]  # the rest of the folder validates
+        else:
+            parts = ["all"]
+        splits += [read_split(dataset, part, data_dir) for part in parts]
+    validation_split = read_split(validation, "val", data_dir)
+
+    names = [split.name for split in splits]
+    option = f"--datasets {' '.join(datasets)}"
+    if len(set(names)) < len(names):
+        raise InputError(f"{option}: names the same data set twice")
+    if was_seen(validation_split, names):
+        raise InputError(
+            f"{option}: {validation_split.name} would be trained on and validate as well; "
+            "--validation names another data set"
+        )
+    return splits, validation_split
 
 
 def was_seen(split: Split, trained_on: Sequence[str]) -> bool:
-    """Whether a model that was trained on these splits has seen this one, or a part of it."""
-    own, part = split.name.rpartition("@")[2].split("/")
-    others = [name.rpartition("@")[2].split("/") for name in trained_on]
-    return any(own == o and (part == p or "all" in (part, p)) for o, p in others)
+    """Tell whether a model trained on splits of these names has seen this split or a part of it."""
+    dataset, part = parse_split_name(split.name)
+    for name in trained_on:
+        trained_dataset, trained_part = parse_split_name(name)
+        if trained_dataset != dataset:
+            continue
+        if part == trained_part or part == "all" or trained_part == "all":
+            return True
+    return False
 
 
-def read_split(dataset: str, part: str, data_dir: Path) -> Split:
-    """Read the part "train", "val" or "test" of "clotho" or "audiocaps"; of a folder also "all".
-
-    It is an InputError where there is none, a csv row is unusable, or no sound of it is on disk.
-    """
-    if dataset in PLACES:
-        table, folder = _places(dataset, part, data_dir)[0]
-        if not (table.is_file() and folder.is_dir()):
-            raise InputError(f"{data_dir}: no {dataset} here: looked for {table}, for example, and "
-                             f"its sounds in {folder}; --data-dir names another folder")
-        rows = _audiocaps_rows(table, folder) if dataset == "audiocaps" else _rows(table)
-        name = f"{dataset}/{SPLITS[part] if dataset == 'clotho' else part}"
-    else:
-        folder, table = Path(dataset), Path(dataset, "captions.csv")
-        if not table.is_file():
-            raise InputError(f"{folder}: no data set: give clotho, audiocaps, or a folder of sounds"
-                             " with a captions.csv of file_name,caption or file_name,caption_1,...")
-        rows = _rows(table)
-        name = f"{folder.resolve().name}@{digest_of(sorted(rows.items()))}/{part}"
-        rows = _part_of_folder(rows, part, folder)
-    # A name may be written as on Windows (sub\a.wav), or in another Unicode form than the disk's.
-    sounds = sounds_below(folder)
-    there = {normalize("NFC", os.path.relpath(path, folder)): path for path in sounds}
-    paths = {n: there.get(normalize("NFC", n.replace("\\", "/")), folder / n) for n in rows}
-    clips = [Clip(n, path, tuple(rows[n])) for n, path in paths.items() if path.exists()]
-    missing = [n for n, path in paths.items() if not path.exists()]
-    if not clips:
-        raise InputError(f"{table}: none of its {len(missing):,} sounds is in {folder}: looked for "
-                         f"{missing[0]}, for example; there is {next(iter(there), 'none at all')}")
-    return Split(name, table, clips, missing)
-
-
-def split_of_sounds(folder: Path) -> Split:
-    """All sounds below a folder, without captions; an InputError where there is none."""
-    clips = [Clip(os.path.relpath(path, folder), path, ()) for path in sounds_below(folder)]
-    if not clips:
-        raise InputError(f"{folder}: no sound file in it")
-    return Split(f"{folder.name}@/all", folder, clips, [])
-
-
-def _places(dataset: str, part: str, data_dir: Path) -> list[tuple[Path, Path]]:
-    """Where a split may lie: csv file and folder of sounds; the first, where they are there."""
-    (roots, places), name = PLACES[dataset], SPLITS.get(part, part)
-    found = [
-        tuple(data_dir / root / path.format(split=part, name=name) for path in place)
-        for root in roots for place in places
-    ]
-    return sorted(found, key=lambda place: (not place[0].is_file(), not place[1].is_dir()))
-
-
-def read_csv(table: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a comma-separated csv file in UTF-8 with these columns; else an InputError."""
-    try:
-        with open(table, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            rows = [(reader.line_num, row) for row in reader]
-            names = reader.fieldnames or []
-        fault = "has other columns"
-    except (UnicodeDecodeError, csv.Error) as error:
-        rows, names, fault = [], [], f"cannot be read ({error})"
-    if not set(columns) <= set(names):
-        with open(table, "rb") as file:
-            first = printable(file.readline(200).decode(errors="replace").strip())
-        raise InputError(f"{table}: a comma-separated csv in UTF-8 with the columns "
-                         f"{','.join(columns)} is needed; it {fault}; its first line is {first!r}")
-    faults = [f"line {line}" for line, row in rows if None in row or None in row.values()]
-    if faults or not rows:
-        what = f"{table}: rows with fewer or more fields than its first line"
-        raise InputError.of(what, faults or ["there are none"])
-    return [row for _, row in rows]
-
-
-def _rows(table: Path) -> dict[str, list[str]]:
-    """{file name: its captions}: all in one row of the csv, or one in each of several rows."""
-    found: dict[str, list[str]] = {}
-    for row in read_csv(table, ["file_name"]):
-        captions = [v for k, v in row.items() if k == "caption" or k.startswith("caption_")]
-        found.setdefault(row["file_name"], []).extend(filter(str.strip, captions))
-    if faults := [name for name, captions in found.items() if not captions]:
-        raise InputError.of(f"{table}: no caption (columns caption, or caption_1, ...) of", faults)
-    return found
-
-
-def _audiocaps_rows(table: Path, folder: Path) -> dict[str, list[str]]:
-    """As _rows; a clip's file has the first of the namings by which there is one."""
-    on_disk = {path.stem: os.path.relpath(path, folder) for path in sounds_below(folder)}
-    captions, stems = collections.defaultdict(list), collections.defaultdict(list)
-    for row in read_csv(table, ["audiocap_id", "youtube_id", "start_time", "caption"]):
-        row["end_time"] = int(float(row["start_time"])) + 10
-        clip = row["youtube_id"], row["start_time"]
-        captions[clip].append(row["caption"])
-        stems[clip].append([naming.format(**row) for naming in NAMINGS])
-    found = {}
-    for clip, names in stems.items():
-        # Five rows of one clip have five audiocap_ids: any of them may be the file's.
-        tried = [stem for same_naming in zip(*names, strict=True) for stem in same_naming]
-        stem = next((stem for stem in tried if stem in on_disk), None)
-        found[on_disk.get(stem, f"{tried[0]}.wav")] = captions[clip]
-    return found
-
-
-def _part_of_folder(rows: dict[str, list[str]], part: str, folder: Path) -> dict[str, list[str]]:
-    """What is trained on or held out: the same choice for every seed."""
-    if part == "all":
-        return rows
-    if part == "test" or len(rows) < 2:
-        raise InputError(f"{folder}: a folder has no test split (give --split val, or all), and "
-                         "nothing is held out of a single clip")
-    count = max(round(HELD_OUT_SHARE * len(rows)), min(HELD_OUT_CLIPS, len(rows) // 2))
-    held = set(np.random.default_rng(0).permutation(len(rows))[:count].tolist())
-    return {name: rows[name] for i, name in enumerate(rows) if (i in held) == (part == "val")}
-
-
-# --- Clips -> waveforms, decoded once ---
+# --- Waveforms, decoded once ---
 
 def decode_splits(splits: Sequence[Split], cache_dir: Path) -> None:
-    """Give splits their waveforms; what is new or has changed is decoded into cache_dir first."""
-    paths = [clip.path for split in splits for clip in split.clips]
+    """Give splits their waveforms; sounds that are new or have changed are decoded first."""
+    paths = []
+    for split in splits:
+        paths += [clip.path for clip in split.clips]
     cache_files = decode_once(paths, cache_dir)
     for split in splits:
         split.waveforms = Waveforms(cache_files[clip.path] for clip in split.clips)
 
 
-# --- Waveforms -> batches (sections 3 and 4) ---
+# --- Batches (sections 3 and 4) ---
 
 @dataclasses.dataclass
 class Batch:
-    """One process's share of a batch: only segments that hold sound, neighbours' clips once."""
+    """One process's share of a batch.
+
+    Only segments that hold sound are in it, and neighbours that show one clip share its segments.
+    """
 
     segments: Tensor  # (S, 320000) int16
     counts: Tensor  # (C,) segments of each clip, summing to S
     clip_rows: Tensor  # (B_r,) each pair's clip among the C
     tokens: Tensor  # (B_r, L)
-    clip_ids: Tensor  # (B,) of the whole batch: equal where two pairs show the same clip
+    # The ids are those of the whole batch. They are equal where two pairs show one clip, and they
+    # are also the rows of the teachers' embeddings (distill.py).
+    clip_ids: Tensor  # (B,)
     pair_ids: Tensor  # (B,)
 
     def inputs(self, device: torch.device) -> list[Tensor]:
-        """What the model encodes, on its device."""
-        tensors = self.segments, self.counts, self.clip_rows, self.tokens
+        """Return what the model encodes, on its device."""
+        tensors = [self.segments, self.counts, self.clip_rows, self.tokens]
         return [tensor.to(device, non_blocking=True) for tensor in tensors]
 
     def pin_memory(self) -> "Batch":
+        """Return the batch in pinned memory; DataLoader calls this."""
         return Batch(*(tensor.pin_memory() for tensor in vars(self).values()))
 
     def pieces(self, pairs: int) -> Iterator["Batch"]:
-        """Pieces of so many pairs; a clip whose pairs are cut apart is in both pieces."""
-        ends = [0, *self.counts.cumsum(0).tolist()]
+        """Yield the batch in pieces of so many pairs; a clip of pairs in two pieces is in both."""
+        segment_ends = [0, *self.counts.cumsum(0).tolist()]
         for start in range(0, len(self.tokens), pairs):
-            rows = self.clip_rows[start : start + pairs]
-            first, last = int(rows[0]), int(rows[-1]) + 1
+            clip_rows = self.clip_rows[start : start + pairs]
+            first_clip = int(clip_rows[0])
+            end_clip = int(clip_rows[-1]) + 1
             yield dataclasses.replace(
-                self, segments=self.segments[ends[first] : ends[last]],
-                counts=self.counts[first:last], clip_rows=rows - first,
+                self,
+                segments=self.segments[segment_ends[first_clip] : segment_ends[end_clip]],
+                counts=self.counts[first_clip:end_clip],
+                clip_rows=clip_rows - first_clip,
                 tokens=self.tokens[start : start + pairs],
             )
 
 
 class PairBatches(torch.utils.data.Dataset):
-    """Item i is this process's share of the run's i-th batch; the length is an epoch's steps.
+    """Batches of (clip, caption) pairs: item i is this process's share of the run's i-th batch.
 
-    An epoch shows every (clip, caption) pair once, in a new order in which captions_per_clip
-    captions of one clip stand together; neighbours share one crop of their clip, which is encoded
-    once for all of them. What is left at an epoch's end and fills no batch is dropped, as in the
-    baseline: every batch has the same number of negatives.
+    Its length is the number of steps of an epoch. An epoch shows every pair once, in a new order in
+    which captions_per_clip captions of one clip stand together. The pairs left over at its end,
+    which fill no batch, are dropped as in the baseline: every batch has as many negatives.
     """
 
     def __init__(
         self, splits: Sequence[Split], tokenizer: Tokenizer, batch_size: int,
         captions_per_clip: int = 1, seed: int = 0, rank: int = 0, world: int = 1,
     ):
-        self.sounds = [(split, i) for split in splits for i in range(len(split.clips))]
-        self.captions = [caption for split in splits for caption in split.captions]
-        counts = [len(clip.captions) for split in splits for clip in split.clips]
-        self.clip_of_pair = np.repeat(np.arange(len(counts)), counts)
-        self.pairs_of_clip = np.split(np.arange(sum(counts)), np.cumsum(counts)[:-1])
-        self.tokenizer, self.seed, self.captions_per_clip = tokenizer, seed, captions_per_clip
-        self.batch_size, self.share, self.rank = batch_size, batch_size // world, rank
-        self._order: tuple = (None,)  # an epoch, and what order() said of it
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.share_size = batch_size // world
+        self.captions_per_clip = captions_per_clip
+        self.seed = seed
+        self.rank = rank
+        # Clips and captions are numbered through all splits in their order. These numbers are the
+        # clip_ids and pair_ids of the batches, and the rows of the teachers' embeddings, which
+        # distill.py makes of the same splits in the same order.
+        self.clips: list[tuple[Split, int]] = []  # a clip's split, and its index there
+        self.captions: list[str] = []  # (P,)
+        self.pairs_of_clip: list[np.ndarray] = []
+        for split in splits:
+            for index, clip in enumerate(split.clips):
+                first_pair = len(self.captions)
+                self.captions += clip.captions
+                self.clips.append((split, index))
+                self.pairs_of_clip.append(np.arange(first_pair, len(self.captions)))
+        captions_of_clip = [len(pairs) for pairs in self.pairs_of_clip]
+        self.clip_of_pair = np.repeat(np.arange(len(self.clips)), captions_of_clip)  # (P,)
+        self._ordered_epoch: int | None = None
+        self._pairs_in_order: np.ndarray | None = None
         if len(self.captions) < batch_size or batch_size % world:
-            raise InputError(f"--batch-size {batch_size}: at most the {len(self.captions):,} pairs "
-                             f"that there are, and a multiple of the processes ({world})")
+            raise InputError(
+                f"--batch-size {batch_size}: at most the {len(self.captions):,} pairs that there "
+                f"are, and a multiple of the processes ({world})"
+            )
 
     def __len__(self) -> int:
         return len(self.captions) // self.batch_size
 
-    def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The pairs of an epoch in order (P,), and for each the first of its neighbours (P,)."""
-        if self._order[0] != epoch:
-            rng, k = np.random.default_rng([self.seed, epoch]), self.captions_per_clip
-            units = []
-            for pairs in map(rng.permutation, self.pairs_of_clip):
-                units += [pairs[i : i + k] for i in range(0, len(pairs), k)]
-            units = [units[i] for i in rng.permutation(len(units))]
-            leaders = np.repeat([unit[0] for unit in units], list(map(len, units)))
-            self._order = epoch, (np.concatenate(units), leaders)
-        return self._order[1]
+    def order(self, epoch: int) -> np.ndarray:
+        """Return an epoch's pairs in their order (P,)."""
+        if epoch != self._ordered_epoch:
+            self._pairs_in_order = self._draw_order(epoch)
+            self._ordered_epoch = epoch
+        return self._pairs_in_order
+
+    def _draw_order(self, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng([self.seed, epoch])
+        groups = []
+        for pairs in self.pairs_of_clip:
+            shuffled = rng.permutation(pairs)
+            for start in range(0, len(pairs), self.captions_per_clip):
+                groups.append(shuffled[start : start + self.captions_per_clip])
+        return np.concatenate([groups[i] for i in rng.permutation(len(groups))])
 
     def __getitem__(self, step: int) -> Batch:
         epoch, index = divmod(step, len(self))
-        pairs, leaders = (
-            ids[index * self.batch_size :][: self.batch_size] for ids in self.order(epoch)
-        )
-        own, leaders = (ids[self.rank * self.share :][: self.share] for ids in (pairs, leaders))
-        new = np.append(True, leaders[1:] != leaders[:-1])
-        segments, counts = to_segments([self._crop(int(pair), epoch) for pair in leaders[new]])
+        start = index * self.batch_size
+        pairs = self.order(epoch)[start : start + self.batch_size]  # (B,), of all processes
+        share_start = self.rank * self.share_size
+        share = pairs[share_start : share_start + self.share_size]  # (B_r,)
+        clips = self.clip_of_pair[share]  # (B_r,)
+        # Neighbours that show one clip share its crop, and it is encoded once.
+        is_new_clip = np.append(True, clips[1:] != clips[:-1])
+        crops = [self._draw_crop(int(clip), epoch) for clip in clips[is_new_clip]]
+        segments, counts = to_segments(crops)
         return Batch(
-            segments=segments, counts=counts,
-            clip_rows=torch.from_numpy(np.cumsum(new) - 1),
-            tokens=tokenize(self.tokenizer, [self.captions[pair] for pair in own]),
+            segments=segments,
+            counts=counts,
+            clip_rows=torch.from_numpy(np.cumsum(is_new_clip) - 1),
+            tokens=tokenize(self.tokenizer, [self.captions[pair] for pair in share]),
             clip_ids=torch.from_numpy(self.clip_of_pair[pairs]),
             pair_ids=torch.from_numpy(pairs),
         )
 
-    def _crop(self, pair: int, epoch: int) -> np.ndarray:
-        split, i = self.sounds[self.clip_of_pair[pair]]
-        return crop(split.waveforms[i], np.random.default_rng([self.seed, epoch, pair]))
+    def _draw_crop(self, clip: int, epoch: int) -> np.ndarray:
+        """Return the at most 30 s that an epoch shows of a clip: (n,) int16."""
+        split, index = self.clips[clip]
+        rng = np.random.default_rng([self.seed, epoch, clip])
+        return crop(split.waveforms[index], rng)
 
 
 # --- python -m dualenc.data check FOLDER ---
 
 SILENT_PEAK = 1e-4  # -80 dB
-
-
-def faults_of(clip: Clip) -> list[str]:
-    """What is wrong with a sound."""
-    faults: list[str] = []
-    try:
-        waveform = load_audio(clip.path, faults=faults)
-    except InputError as error:
-        return [str(error).removeprefix(f"{clip.path}: ")]
-    if np.abs(waveform).max() < SILENT_PEAK:
-        loud = any(np.abs(block).max() > SILENT_PEAK for block in all_channels(clip.path, []))
-        faults.append("channels cancel: their mean is silence" if loud else "silent")
-    return faults
+UNREADABLE = "cannot be read"
+NOT_WHOLE = "not whole"
 
 
 def main() -> int:
     parser = Parser(__doc__)
-    parser.add_argument("what", choices=("check",))
+    parser.add_argument("action", choices=("check",))
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     folder = parser.parse_args().folder
-    found = [(name, part) for name in PLACES for part in SPLITS
-             if _places(name, part, folder)[0][0].is_file()]
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+
+    # --- A folder of sounds, with captions or without, or Clotho and AudioCaps ---
     if (folder / "captions.csv").is_file():
-        found = [(str(folder), "all")]
-    sounds_below(folder)  # or there is no such folder
-    total = 0
-    for dataset, part in found or [(None, "all")]:
+        splits = [(str(folder), "all")]
+    else:
+        splits = published_splits(folder)
+    fault_count = 0
+    if not splits:
+        fault_count += check_split(sounds_without_captions(folder))
+    clotho_test = None
+    for dataset, part in splits:
         try:
-            split = read_split(dataset, part, folder) if dataset else split_of_sounds(folder)
-            print(split)
-            faults = [f"{printable(name)}: missing" for name in split.missing]
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                bar = tqdm(split.clips, f"reading {split.name}", leave=False, disable=None)
-                for clip, those in zip(bar, pool.map(faults_of, split.clips), strict=True):
-                    faults += [f"{printable(clip.name)}: {fault}" for fault in those]
-        except InputError as error:  # of one csv: the others are read all the same
-            faults = [str(error)]
-        print(*(f"  {fault}\n" for fault in faults), sep="", end="")
-        total += len(faults)
-    print(f"{total:,} faults" if total != 1 else "1 fault")
-    return 1 if total else 0
+            split = read_split(dataset, part, folder)
+        except InputError as error:  # The other splits are checked all the same.
+            print(error)
+            fault_count += 1
+            continue
+        fault_count += check_split(split)
+        if split.name == "clotho/evaluation":
+            clotho_test = split
+
+    # --- The new annotations of Clotho's test split (section 6) ---
+    annotations = folder / "metadata_eval.csv"
+    if annotations.is_file():
+        fault_count += check_annotations(annotations, clotho_test)
+    elif clotho_test is not None:
+        print(f"{annotations}: is not there; Table 1 will lack the columns of the new annotations")
+
+    print(counted(fault_count, "fault"))
+    return 1 if fault_count else 0
+
+
+def published_splits(folder: Path) -> list[tuple[str, str]]:
+    """Return (data set, part) of each split of Clotho and AudioCaps whose csv is below a folder."""
+    splits = []
+    for dataset in LAYOUTS:
+        for part in PARTS:
+            layouts = possible_layouts(dataset, part, folder)
+            if any(layout.table.is_file() for layout in layouts):
+                splits.append((dataset, part))
+    return splits
+
+
+def sounds_without_captions(folder: Path) -> Split:
+    """Return all sounds below a folder as clips of a split; InputError where there is none."""
+    sounds = sounds_by_name(folder)
+    if not sounds:
+        raise InputError(f"{folder}: no sound file in it")
+    clips = [Clip(name, path, ()) for name, path in sounds.items()]
+    return Split("sounds without captions", folder, clips, missing=[])
+
+
+def check_split(split: Split) -> int:
+    """Read all sounds of a split, print its faults by kind, and return their number."""
+    print(dataclasses.replace(split, missing=[]))  # The missing files are listed below.
+    faults = defaultdict(list)  # {kind: a line for each fault}
+    faults["missing"] += split.missing
+    bar = tqdm(split.clips, f"reading {split.name}", leave=False, disable=None)
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        results = pool.map(fault_of_sound, [clip.path for clip in split.clips])
+        for clip, (kind, sentence) in zip(bar, results, strict=True):
+            if kind:
+                faults[kind].append(f"{clip.name}: {sentence}" if sentence else clip.name)
+    finally:
+        pool.shutdown(cancel_futures=True)  # After Ctrl-C no further sound is begun.
+    fault_count = print_faults(faults)
+    if UNREADABLE in faults or NOT_WHOLE in faults:
+        print("  Training and evaluation stop at sounds that cannot be read or are not whole. One "
+              "that is removed or renamed is passed over as missing.")
+    return fault_count
+
+
+def fault_of_sound(path: Path) -> tuple[str, str]:
+    """Return a sound's fault as its kind and a sentence; both are empty where there is none."""
+    peak = 0.0
+    decoding_faults: list[str] = []
+    try:
+        for block in stream_audio(path, decoding_faults):
+            peak = max(peak, np.abs(block).max())
+    except InputError as error:
+        return UNREADABLE, str(error).removeprefix(printable(f"{path}: "))
+    if decoding_faults:
+        return NOT_WHOLE, decoding_faults[0]
+    if peak > SILENT_PEAK:
+        return "", ""
+    for block in all_channels(path, []):
+        if np.abs(block).max() > SILENT_PEAK:
+            return "silent as one channel, since its channels cancel", ""
+    return "silent", ""
+
+
+def check_annotations(table: Path, clotho_test: Split | None) -> int:
+    """Print the faults of the new annotations and return their number.
+
+    Their queries and names are compared with Clotho's test split, if that is there.
+    """
+    try:
+        rows = read_csv(table, ["query", "audio_filenames"])
+    except InputError as error:
+        print(error)
+        return 1
+    print(f"{table}: {counted(len(rows), 'row')}")
+    if clotho_test is None:
+        return 0
+    captions = set(clotho_test.captions)
+    names = {clip.name for clip in clotho_test.clips} | set(clotho_test.missing)
+    faults = defaultdict(list)
+    for row in rows:
+        # The captions of a missing file are not known.
+        if row["query"] not in captions and not clotho_test.missing:
+            faults[f"queries that are no captions of {clotho_test.name}"].append(row["query"])
+        for name in parse_names(row["audio_filenames"]):
+            if name not in names:
+                faults[f"names that are no clips of {clotho_test.name}"].append(name)
+    return print_faults(faults)
+
+
+def print_faults(faults: dict[str, list[str]]) -> int:
+    """Print at most twenty faults of each kind; return how many there are of all kinds."""
+    for kind, lines in faults.items():
+        if lines:
+            print(textwrap.indent(str(InputError.of(kind, lines)), "  "))
+    return sum(len(lines) for lines in faults.values())
 
 
 if __name__ == "__main__":

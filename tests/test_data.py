@@ -6,7 +6,9 @@ every batch tells by itself whether sounds, captions and ids belong together.
 
 import os
 import sys
+import tracemalloc
 import unicodedata
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -117,7 +119,12 @@ def test_captions_stay_with_their_clips_where_the_first_file_is_missing(tmp_path
     assert [clip.name for clip in split.clips] == ["1.wav", "2.wav"]
     assert split.captions == list("1234567890")
     assert split.clip_of_caption == [0] * 5 + [1] * 5
-    assert "2 clips, 10 captions, 1 more are not on disk" in str(split)
+    assert "2 clips, 10 captions, 1 more not on disk" in str(split)
+
+
+def test_clotho_has_no_split_of_all_clips(tmp_path):
+    with pytest.raises(InputError, match="--split all: clotho has train, val and test"):
+        read_split("clotho", "all", tmp_path)
 
 
 def test_a_data_set_that_is_not_there_is_said_with_an_example(tmp_path):
@@ -201,7 +208,7 @@ def test_a_folder_is_known_by_its_contents_wherever_it_lies(tmp_path):
         (b"\xff\xfef\x00i\x00\n", r"UTF-8.*first line is"),
         (b"file_name,caption\na.wav,\xe9t\xe9\n", r"UTF-8.*can't decode"),
         (b"file_name,caption\na.wav,rain\nb.wav\n", r"first line: line 3"),
-        (b"file_name,caption\n", r"there are none"),
+        (b"file_name,caption\n", r"has no rows"),
         (b"file_name,caption\na.wav,\n", r"no caption.*a\.wav"),
         (b"file\x1b[2Jname\n", r"first line is 'file\\x1b\[2Jname'|\\\\x1b"),
     ],
@@ -212,6 +219,25 @@ def test_a_csv_that_cannot_be_used_is_named_with_its_fault(tmp_path, text, messa
         read_split(str(tmp_path), "all", tmp_path)
     assert str(tmp_path / "captions.csv") in str(error.value)
     assert "\x1b" not in str(error.value)  # which would clear the terminal
+
+
+def test_an_empty_row_as_excel_leaves_it_is_none(tmp_path):
+    (tmp_path / "captions.csv").write_bytes(b"file_name,caption\r\na.wav,rain\r\n,\r\n,\r\n")
+    touch(tmp_path / "a.wav")
+    split = read_split(str(tmp_path), "all", tmp_path)
+    assert [clip.captions for clip in split.clips] == [("rain",)]
+    assert split.missing == []
+
+
+@pytest.mark.parametrize("second_line", ["and a cat meows", "and a cat, and a goose, and a cow"])
+def test_audiocaps_rows_that_were_broken_in_two_are_said_to_be_mended(tmp_path, second_line):
+    table = tmp_path / "AUDIOCAPS/csv_files_v2/train.csv"
+    write_csv(table, AUDIOCAPS_COLUMNS, [["1", "xyz", "30", "a dog barks"]])
+    with open(table, "a") as file:
+        file.write(f"{second_line}\n")
+    touch(tmp_path / "AUDIOCAPS/audio_32000Hz/train/xyz_30.wav")
+    with pytest.raises(InputError, match=r"dataset2\.0/train\.csv.*fetch it again"):
+        read_split("audiocaps", "train", tmp_path)
 
 
 # --- What is trained on, and what validates ---
@@ -362,7 +388,19 @@ def test_all_sounds_that_cannot_be_used_are_listed(tmp_path):
 # --- python -m dualenc.data check FOLDER ---
 
 
-def test_check(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def check(monkeypatch, capsys):
+    """A function that checks a folder and returns the exit status and the lines printed."""
+
+    def check_folder(folder: Path) -> tuple[int, list[str]]:
+        monkeypatch.setattr(sys, "argv", ["data.py", "check", str(folder)])
+        status = data.main()
+        return status, capsys.readouterr().out.splitlines()
+
+    return check_folder
+
+
+def test_check_says_what_is_wrong_with_each_sound(tmp_path, check):
     folder = write_folder(tmp_path / "mine", 6)
     (folder / "0.wav").write_bytes(b"no sound")
     whole = (folder / "1.wav").read_bytes()
@@ -370,32 +408,131 @@ def test_check(tmp_path, monkeypatch, capsys):
     write_wav(folder / "2.wav", np.zeros(32_000))
     write_wav(folder / "3.wav", np.stack([noise(1.0), -noise(1.0)], axis=1))
     os.remove(folder / "5.wav")
-    monkeypatch.setattr(sys, "argv", ["data.py", "check", str(folder)])
-    assert data.main() == 1
-    out = capsys.readouterr().out
-    for fault in ("5.wav: missing", "0.wav: cannot be read", "1.wav: is cut off", "2.wav: silent",
-                  "3.wav: channels cancel", "5 faults"):
-        assert fault in out
+    status, lines = check(folder)
+    assert status == 1
+    assert "5 clips, 10 captions (" in lines[0]
+    assert lines[1] == "  missing: 5.wav"
+    assert lines[2].startswith("  cannot be read: 0.wav: cannot be read as a sound")
+    assert lines[3].startswith("  not whole: 1.wav: is cut off: 0.5 s of 1.0 s")
+    assert lines[4] == "  silent: 2.wav"
+    assert lines[5] == "  silent as one channel, since its channels cancel: 3.wav"
+    assert "removed or renamed is passed over as missing" in lines[6]
+    assert lines[7:] == ["5 faults"]
 
 
-def test_check_goes_on_where_sounds_are_missing(tmp_path, monkeypatch, capsys):
+def test_check_finds_nothing_wrong_with_sound_at_either_end_of_a_long_file(tmp_path, check):
+    silence = np.zeros(22 * SAMPLE_RATE)
+    write_wav(tmp_path / "early.wav", np.append(noise(1.0), silence))
+    write_wav(tmp_path / "late.wav", np.append(silence, noise(1.0)))
+    status, lines = check(tmp_path)
+    assert status == 0
+    assert lines[1:] == ["0 faults"]
+
+
+def test_check_holds_blocks_of_a_recording_and_not_all_of_it(tmp_path, check):
+    write_wav(tmp_path / "long.wav", noise(300.0))
+    tracemalloc.start()
+    status, _ = check(tmp_path)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert status == 0
+    assert peak_bytes < 15e6  # The waveform as float32 is 38 MB, a block of 10 s is 1.3 MB.
+
+
+def test_check_lists_twenty_faults_of_a_kind_and_counts_the_others(tmp_path, check):
+    rows = [[f"{i}.wav", "rain"] for i in range(1, 1031)]
+    write_csv(tmp_path / "captions.csv", ["file_name", "caption"], rows)
+    for i in range(1, 26):
+        touch(tmp_path / f"{i}.wav")  # An empty file is no sound.
+    write_wav(tmp_path / "26.wav", noise(1.0))
+    status, lines = check(tmp_path)
+    assert status == 1
+    assert "26 clips, 26 captions (" in lines[0]
+    assert lines[1] == "  missing (1,004):"
+    assert lines[2:22] == [f"    {i}.wav" for i in range(27, 47)]
+    assert lines[22] == "    and 984 more"
+    assert lines[23] == "  cannot be read (25):"
+    assert lines[44] == "    and 5 more"
+    assert lines[-1] == "1,029 faults"
+    assert sum("missing" in line for line in lines) == 2  # and once in what can be done
+
+
+def test_check_goes_on_after_a_split_without_sounds(tmp_path, check):
     for name in ("development", "evaluation"):
         table = f"file_name,caption_1\n{name}.wav,a dog\n"
         (tmp_path / f"clotho_captions_{name}.csv").write_text(table)
-    (tmp_path / "evaluation").mkdir()
-    write_wav(tmp_path / "evaluation" / "evaluation.wav", noise(1.0))
-    monkeypatch.setattr(sys, "argv", ["data.py", "check", str(tmp_path)])
-    assert data.main() == 1
-    fault, found, last = capsys.readouterr().out.splitlines()
-    assert "no clotho here" in fault and "clotho/evaluation: 1 clips" in found and last == "1 fault"
+    write_wav(tmp_path / "evaluation/evaluation.wav", noise(1.0))
+    status, lines = check(tmp_path)
+    assert status == 1
+    assert "no clotho here: looked for" in lines[0]
+    assert lines[1].startswith("clotho/evaluation: 1 clip, 1 caption (")
+    assert lines[-1] == "1 fault"
 
 
-def test_check_reads_sounds_without_captions(tmp_path, monkeypatch, capsys):
+def test_check_reads_sounds_without_captions_and_escapes_their_names(tmp_path, check):
     write_wav(tmp_path / "whole.wav", noise(1.0))
     (tmp_path / "a\n.wav").write_bytes(b"no sound")
-    monkeypatch.setattr(sys, "argv", ["data.py", "check", str(tmp_path)])
-    assert data.main() == 1
-    assert "a\\n.wav: cannot be read" in capsys.readouterr().out
+    status, lines = check(tmp_path)
+    assert status == 1
+    assert lines[1].startswith("  cannot be read: a\\n.wav: cannot be read")
+
+
+def test_check_refuses_a_folder_that_is_not_there(tmp_path, check):
+    with pytest.raises(InputError, match="nowhere: no such folder"):
+        check(tmp_path / "nowhere")
+
+
+@pytest.fixture
+def clotho_test(tmp_path) -> Path:
+    """A data folder with Clotho's test split alone: two clips."""
+    rows = [["1.wav", *captions_of_level(1, 5)], ["2.wav", *captions_of_level(2, 5)]]
+    write_csv(tmp_path / "clotho_captions_evaluation.csv", CLOTHO_COLUMNS, rows)
+    write_wav(tmp_path / "evaluation/1.wav", noise(1.0))
+    write_wav(tmp_path / "evaluation/2.wav", noise(1.0))
+    return tmp_path
+
+
+def write_annotations(data_dir: Path, rows: list[list[str]]) -> None:
+    write_csv(data_dir / "metadata_eval.csv", ["query", "audio_filenames"], rows)
+
+
+def test_check_finds_nothing_wrong_with_right_annotations(clotho_test, check):
+    rows = [["level 1 caption 0", "['1.wav', '2.wav']"], ["level 2 caption 4", "2.wav"]]
+    write_annotations(clotho_test, rows)
+    status, lines = check(clotho_test)
+    assert status == 0
+    assert lines[1:] == [f"{clotho_test}/metadata_eval.csv: 2 rows", "0 faults"]
+
+
+def test_check_names_annotations_of_other_captions_and_clips(clotho_test, check):
+    rows = [["Level 1 caption 0", "['1.wav']"], ["level 2 caption 0", "['2.wav', '3.wav']"]]
+    write_annotations(clotho_test, rows)
+    status, lines = check(clotho_test)
+    assert status == 1
+    assert lines[2] == "  queries that are no captions of clotho/evaluation: Level 1 caption 0"
+    assert lines[3] == "  names that are no clips of clotho/evaluation: 3.wav"
+    assert lines[4:] == ["2 faults"]
+
+
+def test_check_asks_for_no_captions_of_clips_that_are_missing(clotho_test, check):
+    write_annotations(clotho_test, [["level 2 caption 0", "['2.wav']"]])
+    os.remove(clotho_test / "evaluation/2.wav")
+    _, lines = check(clotho_test)
+    assert lines[1:] == ["  missing: 2.wav", f"{clotho_test}/metadata_eval.csv: 1 row", "1 fault"]
+
+
+def test_check_refuses_annotations_with_other_columns(clotho_test, check):
+    write_csv(clotho_test / "metadata_eval.csv", ["caption", "file_name"], [["rain", "1.wav"]])
+    status, lines = check(clotho_test)
+    assert status == 1
+    assert "metadata_eval.csv: a comma-separated csv" in lines[1]
+    assert "query,audio_filenames" in lines[1]
+
+
+def test_check_says_that_there_are_no_annotations(clotho_test, check):
+    status, lines = check(clotho_test)
+    assert status == 0
+    assert "metadata_eval.csv: is not there" in lines[1]
 
 
 # --- Batches: which pair is where ---
@@ -586,6 +723,15 @@ def test_neighbours_share_a_crop_of_30_s(two_ramps):
     batches = PairBatches([two_ramps], train_bpe(CAPTIONS, 1000), 2, captions_per_clip=2)
     assert batches[0].segments.shape == (3, SEGMENT_SAMPLES)
     assert batches[0].clip_rows.tolist() == [0, 0]
+
+
+def test_all_pairs_of_a_clip_share_its_crop_in_an_epoch(two_ramps):
+    batches = PairBatches([two_ramps], train_bpe(CAPTIONS, 1000), 1)
+    starts = defaultdict(set)
+    for step in range(len(batches)):
+        batch = batches[step]
+        starts[int(batch.clip_ids[0])].add(int(batch.segments[0, 0]))
+    assert [len(starts_of_clip) for starts_of_clip in starts.values()] == [1, 1]
 
 
 def test_clips_seeds_and_epochs_have_crops_of_their_own(two_ramps):

@@ -669,7 +669,7 @@ BAD = [
     (evaluate, "--data-dir here --checkpoint here/a.pt --json no/x.json", "cannot be written"),
     (evaluate, "--data-dir here --checkpoint here/a.pt --annotations wrong.csv",
      "'gone.wav' is no clip of clotho/evaluation"),
-    (evaluate, "--data-dir here --checkpoint here/a.pt --split all", "no clotho here"),
+    (evaluate, "--data-dir here --checkpoint here/a.pt --split all", "clotho has train, val"),
     (evaluate, "--data-dir here --checkpoint here/a.pt --annotations gone.csv",
      "--annotations gone.csv: no such file; name the csv, or none"),
     (evaluate, "--data-dir here --checkpoint here/a.pt here/b.pt --html page.html",
