@@ -169,7 +169,6 @@ def test_levels_and_channels(tmp_path):
     np.testing.assert_allclose(channels, np.stack([noise(1), -noise(1)], axis=1), atol=1e-4)
     hot, _ = load(tmp_path / "hot.wav", encoded("wav", "pcm_f32le", 8 * tone(1)))
     np.testing.assert_allclose(hot, 2 * tone(1), atol=1e-5)  # divided by its peak, not clipped
-    assert np.abs(next(decoding.stream_audio(tmp_path / "hot.wav"))).max() == pytest.approx(4)
 
 
 def test_int16_is_exact_and_blocks_join_to_the_whole(tmp_path):
