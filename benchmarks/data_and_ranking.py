@@ -22,7 +22,7 @@ from dualenc.data import PairBatches, decode_splits, read_split
 from dualenc.decoding import load_audio, to_int16
 from dualenc.metrics import retrieval_metrics
 from dualenc.model import DualEncoder
-from dualenc.search import File, SoundIndex
+from dualenc.search import Sound, SoundIndex
 
 RATE, BATCH, TEST_CLIPS = 44_100, 64, 1045  # of Clotho's test split
 
@@ -65,11 +65,11 @@ def metrics(clips: int) -> dict:
 
 def search(files: int) -> dict:
     shares, query = F.normalize(torch.randn(files, 1024), dim=1), torch.randn(1024)
-    known = {f"recording {i:07}.wav": File([], 10.0, 1, "") for i in range(files)}
-    index, names = SoundIndex(None, Path("/sounds"), known, shares), list(known)
+    sounds = {f"recording {i:07}.wav": Sound(10.0, 1, "") for i in range(files)}
+    index = SoundIndex(None, Path("/sounds"), sounds, [shares], torch.arange(files))
 
     def plain():
-        return [names[i] for i in (shares @ query).argsort(descending=True)[:10]]
+        return [index.names[i] for i in (shares @ query).argsort(descending=True)[:10]]
 
     assert [match.path.name for match in index.nearest(query, 10)] == plain()
     return {"search, sorted": plain, "search, ours": partial(index.nearest, query, 10)}

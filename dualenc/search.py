@@ -4,18 +4,29 @@
     python -m dualenc.search --like bark.wav --audio FOLDER      # a sound as the query
     python -m dualenc.search --audio FOLDER                      # asks for sentence after sentence
     python -m dualenc.search --serve --audio FOLDER              # a local page to type into
+    python -m dualenc.search --queries queries.csv --audio FOLDER --submission out.csv
 
-The folder is embedded once, into an index in it; later only what is new or changed is.
+The first search embeds the folder, later ones only what is new or has changed. The score is the
+cosine of query and sound; "above" is the share of the searched files that score lower.
 
-N files    S segments of all files together, s of one    D embedding values
+N files    S segments of all files together, s of one    Q queries    D embedding values
 """
 
+import collections
+import contextlib
+import csv
+import functools
 import hashlib
+import importlib
 import json
 import os
-import shlex
+import queue
+import stat
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,20 +36,27 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dualenc import audio, decoding, page
-from dualenc.checkpoints import newest_checkpoint
-from dualenc.errors import InputError, Parser, printable, replacing, run_command
-from dualenc.model import DualEncoder, choose_device, choose_precision
+from dualenc.checkpoints import checkpoint_file, newest_checkpoint, save_atomically
+from dualenc.data import read_csv
+from dualenc.errors import InputError, Parser, positive_int, printable, replacing, run_command
+from dualenc.model import PRECISIONS, DualEncoder, choose_device, choose_precision
 
-INDEX_NAME = ".dualenc-index"  # hidden: sounds_below passes over it
+INDEX_NAME = ".dualenc-index"  # Hidden: a scan of the sounds passes over it.
+INDEX_FORMAT = "index 3"
 SAVE_SECONDS = 60  # of embedding that an interruption may cost
+MAX_PARTS = 100  # of an index; more are merged into one
+EMBED_SEGMENTS = 16  # of several files, embedded together
+QUEUED_BLOCKS = 64  # of 10 s, decoded ahead: 40 MB
+HASHED_BYTES = 2**20  # read at a time
+STRAIGHT = str.maketrans("‘’", "''")  # what a phone types for an apostrophe
 
 
 class Match(NamedTuple):
-    """A file found, and the seconds where its best segment starts and ends."""
+    """A file that matches, and the seconds where its best segment starts and ends."""
 
     path: Path
     score: float  # cosine with the query
-    above: float  # the share of the index that scores lower
+    above: float  # the share of the searched files that score lower
     start: int
     end: float
     seconds: float  # of the whole file
@@ -48,238 +66,806 @@ class Match(NamedTuple):
 
 
 class File(NamedTuple):
-    """What the index knows of a file."""
+    """A file as the index knows it: by size and time, and by its content."""
 
-    stamp: list[int]  # size in bytes, and time of modification in ns
-    seconds: float  # as far as segments reach
-    segments: int  # none where it could not be read
-    fault: str  # why it could not be read, or not whole
+    size: int  # bytes
+    modified: int  # ns
+    digest: str  # of its bytes
 
+
+class Sound(NamedTuple):
+    """What is known of a content, whatever files hold it."""
+
+    seconds: float
+    segments: int  # none where it cannot be read
+    fault: str  # why it cannot be read, or not whole
+
+
+class Reading(NamedTuple):
+    """How the reading of a file ended."""
+
+    file: File | None  # None where the file cannot be read now
+    sound: Sound | None  # None where its content is known already
+    fault: str = ""  # why it cannot be read now
+
+
+# --- The index in memory: exact search ---
 
 class SoundIndex:
     """Embedded sound files, and exact search in them.
 
+    Each segment is stored scaled by one over its file's norm, so that a file's score is the sum of
+    its segments' products with the query.
+
     Attributes:
-        files: {name: File}; a name is relative to root.
-        shares: (S, D) float32: segments of one file after the other, so scaled that those of a file
-            add up to its embedding, which is their mean brought to unit norm.
-        names: (N,) of the files that could be read: those that are searched.
+        root: the folder that names are relative to.
+        names: (N,) of the files that are searched.
+        owner: (S,) int64, the position in names of each segment's file.
+        faults: {name: why the file cannot be read, or not whole}.
+        missing: names of files below root that are not there now, though they have been embedded.
     """
 
-    def __init__(self, model: DualEncoder, root: Path, files: dict[str, File], shares: Tensor):
-        self.model, self.root, self.files, self.shares = model, root, files, shares
-        self.names = [name for name, file in files.items() if file.segments]
-        self._ends = np.cumsum([0, *(files[name].segments for name in self.names)])
+    def __init__(
+        self, model: DualEncoder, root: Path, sounds: dict[str, Sound], parts: Sequence[Tensor],
+        rows: Tensor, faults: dict[str, str] | None = None, missing: Sequence[str] = (),
+    ):
+        """Put the index of some files together.
 
-    @classmethod
-    def build(cls, model: DualEncoder, sounds, folder: Path | None = None) -> "SoundIndex":
-        """Embed a folder of sounds, or paths of files; an InputError where none can be read.
-
-        What the index in `folder` holds already is not embedded again; it is kept there.
+        Args:
+            sounds: {name: Sound}, each of at least one segment.
+            parts: matrices (S_p, D) of scaled segments.
+            rows: (S,) int64, each segment's row in all parts one after the other; the segments are
+                those of the first file, then those of the second, and so on.
         """
-        below = isinstance(sounds, str | os.PathLike)
-        root = Path(os.path.abspath(sounds if below else os.sep))
-        paths = map(os.path.abspath, decoding.sounds_below(sounds) if below else sounds)
-        stamps = {os.path.relpath(path, root): _stamp(path) for path in paths}
-        index = cls(model, root, {}, torch.zeros(0, model.config.embedding))
-        if folder is not None and (folder / "index").exists():
-            index = cls.load(folder, model, root)
-        parts = index.shares.split([file.segments for file in index.files.values()])
-        rows = zip(index.files, index.files.values(), parts, strict=True)
-        rows = {name: row for name, *row in rows if stamps.get(name) == row[0].stamp}
-
-        def gathered() -> SoundIndex:
-            files = {name: rows[name][0] for name in sorted(rows)}
-            shares = torch.cat([index.shares[:0], *(rows[name][1] for name in files)])
-            own = cls(model, root, files, shares)
-            if folder is not None:
-                own.save(folder)
-            return own
-
-        fresh, due = [name for name in stamps if name not in rows], time.monotonic() + SAVE_SECONDS
-        for name in tqdm(fresh, "embedding", unit="file", disable=None if folder else True):
-            part, *found = embed_file(model, root / name)
-            rows[name] = File(stamps[name], *found), part
-            if time.monotonic() > due:
-                gathered()
-                due = time.monotonic() + SAVE_SECONDS
-        if fresh or len(rows) < len(index.files):
-            index = gathered()
-        if not index.names:
-            faults = [f"{name}: {file.fault}" for name, file in index.files.items()]
-            raise InputError.of(f"{root}: no sound file that can be read", faults or ["none there"])
-        return index
-
-    def save(self, folder: Path) -> None:
-        header = json.dumps([_origin(self.model, self.root, folder), self.files])
-        with replacing(folder / "index") as temporary, open(temporary, "wb") as file:
-            torch.save([header, self.shares], file)
+        self.model = model
+        self.root = root
+        self.names = list(sounds)
+        self.seconds = [sound.seconds for sound in sounds.values()]
+        self.faults = faults or {}
+        self.missing = missing
+        counts = [sound.segments for sound in sounds.values()]
+        self.owner = np.repeat(np.arange(len(counts)), counts)
+        self._ends = np.cumsum([0, *counts])  # file i has the segments from _ends[i] on
+        self._parts = parts
+        self._rows = rows
 
     @classmethod
-    def load(cls, folder: Path, model: DualEncoder, root: Path) -> "SoundIndex":
-        """Open the index of this model and root, memory-mapped; else an InputError."""
-        try:
-            header, shares = torch.load(folder / "index", weights_only=True, mmap=True)
-            origin, files = json.loads(header)
-        except Exception:  # torch.load raises whatever its parsers meet
-            origin = "damaged"
-        if origin != _origin(model, root, folder):
-            raise InputError(
-                f"{folder}: is the index of another checkpoint or folder, or damaged; give that "
-                f"--checkpoint, another --index, or remove it (rm -r {shlex.quote(str(folder))})"
-            )
-        return cls(model, root, {name: File(*file) for name, file in files.items()}, shares)
+    def build(
+        cls, model: DualEncoder, sounds: decoding.AnyPath | Iterable[decoding.AnyPath],
+        index_folder: decoding.AnyPath | None = None, prune: bool = False,
+    ) -> "SoundIndex":
+        """Embed a folder of sounds, or a list of sound files.
+
+        What the index in index_folder holds already is not embedded again, and what is new is kept
+        there. With prune, what is not there now is dropped from it. An InputError is raised where
+        no sound can be read, or the index cannot be written.
+        """
+        is_folder = isinstance(sounds, str | os.PathLike)
+        root = Path(os.path.abspath(sounds if is_folder else os.sep))
+        paths = decoding.sounds_below(root) if is_folder else map(os.path.abspath, sounds)
+        # The index knows files by their real folder, however it is reached.
+        real_root = os.path.join(os.path.realpath(root), "")
+        paths = [real_root + os.path.relpath(path, root) for path in paths]
+        stored = StoredIndex(index_folder, model)
+
+        # 1. What is new or has changed.
+        there, changed, faults = stored.compare(paths)
+
+        # 2. Embed it.
+        if changed:
+            stored.check_writable()
+            faults |= embed_changed(model, stored, changed)
+
+        # 3. What is not there now: it was moved, or it is kept until it is back.
+        stored.forget(stored.moved())
+        missing = []
+        if is_folder:
+            missing = sorted(stored.files_below(real_root) - set(there))
+        if prune:
+            stored.forget(missing)
+        stored.tidy(drop_forgotten=prune)
+
+        # 4. The index of what is there.
+        sounds = {}
+        rows = []
+        for path in there:
+            file = stored.files.get(path)
+            if file is None:  # It cannot be read, for the first time now.
+                continue
+            sound = stored.sounds[file.digest]
+            if sound.fault:
+                faults.setdefault(path, sound.fault)
+            if sound.segments > 0:
+                first_row = stored.first_row[file.digest]
+                sounds[path.removeprefix(real_root)] = sound
+                rows.append(np.arange(first_row, first_row + sound.segments))
+        faults = {path.removeprefix(real_root): faults[path] for path in sorted(faults)}
+        missing = [path.removeprefix(real_root) for path in missing]
+        if not sounds:
+            reasons = [f"{name}: {fault}" for name, fault in faults.items()]
+            if missing:
+                reasons.append(f"{counted(len(missing), 'file')} of the index, not there now")
+            headline = f"{root}: no sound file that can be read"
+            raise InputError.of(headline, reasons or ["none there"])
+        rows = torch.from_numpy(np.concatenate(rows))
+        return cls(model, root, sounds, stored.parts, rows, faults, missing)
 
     def search(self, sentence: str, k: int = 10, by: str = "file") -> list[Match]:
-        """The k files that match a sentence best, best first; of equal ones the first by name.
+        """Return the k files that match a sentence best, best first; ties in the order of names.
 
         A file's score is that of its embedding, or by "segment" that of its best segment.
         """
         return self.nearest(self.model.embed_text(in_words(sentence))[0], k, by)
 
-    def search_like(self, path: str | os.PathLike, k: int = 10, by: str = "file") -> list[Match]:
-        """The k files that sound most like one, which need not be of the index."""
-        shares, _, segments, fault = embed_file(self.model, path)
-        if not segments:
-            raise InputError(f"{path}: {fault}")
-        return self.nearest(shares.sum(dim=0), k, by)
+    def search_like(self, path: decoding.AnyPath, k: int = 10, by: str = "file") -> list[Match]:
+        """Return the k files that sound most like one, which need not be of the index."""
+        vectors, reading = embed_file(self.model, path)
+        if len(vectors) == 0:
+            raise InputError(f"{path}: {reading.sound.fault if reading.sound else reading.fault}")
+        return self.nearest(vectors.sum(dim=0), k, by)
 
     def nearest(self, query: Tensor, k: int = 10, by: str = "file") -> list[Match]:
-        """Exact search: the k best files for a (D,) query of unit norm."""
+        """Return the k best files for a query (D,) of unit norm, by exact search."""
         if k < 1 or by not in ("file", "segment"):
             raise InputError(f"k={k}, by={by}: at least 1, and 'file' or 'segment', are needed")
-        products = self.shares @ query  # (S,)
-        if by == "segment":
-            products /= self.shares.norm(dim=1)
-        reduce = np.add if by == "file" else np.maximum
-        scores = torch.from_numpy(reduce.reduceat(products.numpy(), self._ends[:-1]))  # (N,)
+        products = self._products(query)  # (S,)
+        cosines = products / self._norms  # (S,)
+        if by == "file":
+            scores = self._of_files(np.add, products)  # (N,)
+        else:
+            scores = self._of_files(np.maximum, cosines)
+
+        # topk takes any of several equal scores: take all of them, then the first by name.
         least = scores.topk(min(k, len(scores))).values[-1]
-        reached = (scores >= least).nonzero().flatten()  # more than k where the last are equal
+        reached = (scores >= least).nonzero().flatten()
         order = scores[reached].argsort(descending=True, stable=True)[:k]
+
         matches = []
         for i in reached[order].tolist():
             above = (scores < scores[i]).double().mean().item()
-            shares = self.shares[self._ends[i] : self._ends[i + 1]]
-            start = int((shares @ query / shares.norm(dim=1)).argmax()) * audio.SEGMENT_SECONDS
-            seconds = self.files[self.names[i]].seconds
-            end = min(start + audio.SEGMENT_SECONDS, seconds)
+            best = int(cosines[self._ends[i] : self._ends[i + 1]].argmax())
+            start = best * audio.SEGMENT_SECONDS
+            end = min(start + audio.SEGMENT_SECONDS, self.seconds[i])
             path = self.root / self.names[i]
-            matches.append(Match(path, scores[i].item(), above, start, end, seconds))
+            matches.append(Match(path, scores[i].item(), above, start, end, self.seconds[i]))
         return matches
+
+    def scores(self, query: Tensor) -> Tensor:
+        """(D,) of unit norm -> (N,), the cosine of the query and each whole file."""
+        return self._of_files(np.add, self._products(query))
+
+    def vectors(self) -> Tensor:
+        """Return a copy of all segments, (S, D) of unit norm, for other search libraries."""
+        return take_rows(self._parts, self._rows) / self._norms[:, None]
+
+    def _products(self, query: Tensor) -> Tensor:
+        products = torch.cat([part @ query for part in self._parts])
+        return products[self._rows]
+
+    @functools.cached_property
+    def _norms(self) -> Tensor:
+        """(S,), by which a scaled segment's product is divided to be its cosine."""
+        norms = torch.cat([part.norm(dim=1) for part in self._parts])
+        return norms[self._rows]
+
+    def _of_files(self, reduce: np.ufunc, values: Tensor) -> Tensor:
+        """(S,) -> (N,): the values of each file's segments reduced to one."""
+        return torch.from_numpy(reduce.reduceat(values.numpy(), self._ends[:-1]))
+
+
+def take_rows(parts: Sequence[Tensor], rows: Tensor) -> Tensor:
+    """Matrices (S_p, D), and (S,) of their rows one after the other -> a copy of those, (S, D)."""
+    taken = torch.empty(len(rows), parts[0].shape[1])
+    first = 0
+    for part in parts:
+        inside = (first <= rows) & (rows < first + len(part))
+        taken[inside] = part[rows[inside] - first]
+        first += len(part)
+    return taken
 
 
 def in_words(sentence: str) -> str:
-    """The sentence as it is embedded; an InputError where no word is left of it."""
+    """Return the sentence as it is embedded; an InputError where it holds no word."""
     if not any(c.isalnum() for c in sentence):
         raise InputError(f"{sentence.strip()!r}: no word is left to search for")
-    return sentence.strip().encode(errors="replace").decode()
+    return sentence.strip().translate(STRAIGHT).encode(errors="replace").decode()
 
 
-def _origin(model: DualEncoder, root: Path, folder: Path) -> list[str]:
-    """What an index is of: sounds, and the model, by some thousand values of each weight tensor."""
+def counted(number: int, noun: str) -> str:
+    """Return "1 file", or "2,000 files"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+# --- The index on disk: a folder of parts for each model ---
+
+class StoredIndex:
+    """What one model has embedded, on disk in a folder of parts, or without a folder in memory.
+
+    A part holds what was new at a save: files, the contents of files, and the segments of those. A
+    content that several files hold is stored once. The parts are read in the order of their names;
+    where two tell of one file, the later counts. So two searches at once need no lock: each writes
+    parts of its own, and at worst both embed the same.
+
+    Attributes:
+        files: {path: File}, also files that are not there now.
+        sounds: {digest: Sound}, at least those of all files.
+        parts: matrices (S_p, D) of scaled segments, memory-mapped.
+        first_row: {digest: the first of its rows, counted through all parts}.
+    """
+
+    def __init__(self, index_folder: decoding.AnyPath | None, model: DualEncoder):
+        self.files: dict[str, File] = {}
+        self.sounds: dict[str, Sound] = {}
+        self.parts: list[Tensor] = []
+        self.first_row: dict[str, int] = {}
+        self.folder = None
+        self._part_files: list[Path] = []
+        self._row_count = 0
+        self._arrived: set[str] = set()  # digests of the files that were added by this run
+        self._no_segments = torch.zeros(0, model.config.embedding)
+        self._forget_new()
+        if index_folder is not None:
+            self.folder = Path(os.path.realpath(index_folder)) / digest_of_model(model)
+            old_index = self.folder.parent / "index"
+            if old_index.is_file() and not self.folder.exists():
+                tell(f"{old_index}: is of an earlier version and can be removed; the sounds are "
+                     "embedded again")
+            self._read()
+
+    def _forget_new(self) -> None:
+        """Forget what is new since the last save: it has been saved."""
+        self._new_files: dict[str, File | None] = {}
+        self._new_sounds: dict[str, Sound] = {}
+        self._new_segments: list[Tensor] = []
+
+    def _read(self) -> None:
+        for part_file in sorted(self.folder.glob("*.part")):
+            try:
+                files, sounds, segments = read_part(part_file)
+            except FileNotFoundError:
+                # Another search has just merged it into a part that is there: list them again.
+                self.parts.clear()
+                self._part_files.clear()
+                self._row_count = 0
+                return self._read()
+            except PermissionError:
+                raise
+            except Exception:  # torch.load and json raise whatever their parsers meet.
+                tell(f"{part_file}: is damaged and can be removed; its sounds are embedded again")
+                continue
+            for path, file in files.items():
+                path = os.path.normpath(self.folder / path)
+                if file is None:
+                    self.files.pop(path, None)
+                else:
+                    self.files[path] = file
+            self._place(sounds)
+            self.parts.append(segments)
+            self._part_files.append(part_file)
+        # The content of a file may have been in a part that is damaged.
+        for path in [path for path, file in self.files.items() if file.digest not in self.sounds]:
+            del self.files[path]
+
+    def _place(self, sounds: dict[str, Sound]) -> None:
+        """Note the rows of sounds that come next."""
+        for digest, sound in sounds.items():
+            self.sounds[digest] = sound
+            self.first_row[digest] = self._row_count
+            self._row_count += sound.segments
+
+    def compare(self, paths: Iterable[str]) -> tuple[list[str], list[str], dict[str, str]]:
+        """Look at files by size and time.
+
+        Returns:
+            The paths that are there; those of them that are new or have changed; {path: fault} of
+            new ones that are no file.
+        """
+        there = []
+        changed = []
+        faults = {}
+        for path in paths:
+            known = self.files.get(path)
+            try:
+                status = os.stat(path)
+            except OSError as error:
+                if known is None:
+                    faults[path] = f"cannot be read ({error.strerror})"
+                continue
+            if not stat.S_ISREG(status.st_mode):
+                faults[path] = "is not a file"
+                continue
+            there.append(path)
+            if known is None or (known.size, known.modified) != stamp(status):
+                changed.append(path)
+        return there, changed, faults
+
+    def check_writable(self) -> None:
+        """Raise an InputError where the index cannot be written."""
+        if self.folder is None:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise InputError(f"{self.folder.parent}: the index cannot be written there "
+                             f"({error.strerror}); name a folder for it: --index FOLDER") from error
+
+    def add(self, path: str, reading: Reading, segments: Tensor) -> None:
+        """Take a file that was read, and its scaled segments (s, D) where its content is new."""
+        self.files[path] = reading.file
+        self._new_files[path] = reading.file
+        self._arrived.add(reading.file.digest)
+        if reading.sound is not None:
+            digest = reading.file.digest
+            # Of files with one content, read at once, the first counts.
+            if digest not in self._new_sounds:
+                self._new_sounds[digest] = reading.sound
+                self._new_segments.append(segments)
+                self._place({digest: reading.sound})
+
+    def forget(self, paths: Iterable[str]) -> None:
+        for path in paths:
+            del self.files[path]
+            self._new_files[path] = None
+
+    def moved(self) -> list[str]:
+        """List the files that are gone while their content has come under a new name."""
+        return [
+            path for path, file in self.files.items()
+            if file.digest in self._arrived and not os.path.exists(path)
+        ]
+
+    def files_below(self, folder: str) -> set[str]:
+        return {path for path in self.files if path.startswith(folder)}
+
+    def save(self) -> None:
+        """Write what is new since the last save, as one more part."""
+        if not self._new_files:
+            return
+        segments = torch.cat([self._no_segments, *self._new_segments])
+        self._write(self._new_files, self._new_sounds, segments)
+        self.parts.append(segments)
+        self._forget_new()
+
+    def tidy(self, drop_forgotten: bool) -> None:
+        """Save; write all parts as one where they are many, or to drop what was forgotten."""
+        forgotten = None in self._new_files.values()
+        self.save()
+        if self.folder is None:
+            return
+        if len(self._part_files) > MAX_PARTS or (drop_forgotten and forgotten):
+            old = self._part_files.copy()
+            digests = {file.digest for file in self.files.values()}
+            sounds = {digest: self.sounds[digest] for digest in digests}
+            rows = [
+                torch.arange(self.first_row[digest], self.first_row[digest] + sound.segments)
+                for digest, sound in sounds.items()
+            ]
+            segments = self._no_segments
+            if rows:
+                segments = take_rows(self.parts, torch.cat(rows))
+            # First the new part: whenever this ends, nothing is lost.
+            self._write(self.files, sounds, segments)
+            for part_file in old:
+                part_file.unlink(missing_ok=True)
+
+    def _write(
+        self, files: dict[str, File | None], sounds: dict[str, Sound], segments: Tensor
+    ) -> None:
+        if self.folder is None:
+            return
+        newest = int(self._part_files[-1].name.partition("-")[0]) if self._part_files else 0
+        # Later than the newest, also where the clock was put back.
+        number = max(time.time_ns(), newest + 1)
+        part_file = self.folder / f"{number:020}-{os.getpid()}.part"
+        # Relative to the index: it and the sounds may be moved together.
+        relative = {os.path.relpath(path, self.folder): file for path, file in files.items()}
+        header = json.dumps({"files": relative, "sounds": sounds})
+        save_atomically([header, segments], part_file)
+        self._part_files.append(part_file)
+
+
+def read_part(part_file: Path) -> tuple[dict[str, File | None], dict[str, Sound], Tensor]:
+    """Read {path: File}, {digest: Sound} and the segments of those sounds (S, D), memory-mapped.
+
+    None in place of a File says that the file is to be forgotten.
+    """
+    header, segments = torch.load(part_file, weights_only=True, mmap=True)
+    header = json.loads(header)
+    files = {path: file and File(*file) for path, file in header["files"].items()}
+    sounds = {digest: Sound(*sound) for digest, sound in header["sounds"].items()}
+    if sum(sound.segments for sound in sounds.values()) != len(segments):
+        raise ValueError("its header tells of other segments")
+    return files, sounds, segments
+
+
+def digest_of_model(model: DualEncoder) -> str:
+    """Return what tells models apart: a digest of some thousand values of each weight tensor."""
     values = [value.flatten().cpu() for value in model.state_dict().values()]
     spread = torch.cat([value[:: max(1, len(value) // 1000)] for value in values])
-    place = os.path.relpath(root.resolve(), folder.resolve())  # both may have moved together
-    return ["index 2", hashlib.sha256(spread.numpy()).hexdigest(), place]
+    return hashlib.sha256(INDEX_FORMAT.encode() + spread.numpy().tobytes()).hexdigest()[:16]
 
 
-def _stamp(path: str | os.PathLike) -> list[int]:
-    """What tells that a file has changed; where it may not be read there is none yet."""
-    found = os.stat(path) if os.access(path, os.R_OK) else None
-    return [found.st_size, found.st_mtime_ns] if found else []
+def stamp(status: os.stat_result) -> tuple[int, int]:
+    """Return a file's size in bytes and its time of modification in ns."""
+    return status.st_size, status.st_mtime_ns
 
 
-def embed_file(model: DualEncoder, path: Path) -> tuple[Tensor, float, int, str]:
-    """One file, however long: its shares (s, D); seconds, segments and fault as in File."""
-    samples, faults, vectors = 0, [], [torch.zeros(0, model.config.embedding)]
+def tell(line: str) -> None:
+    print(printable(line), file=sys.stderr)
+
+
+# --- Files -> blocks -> segments ---
+
+def embed_changed(model: DualEncoder, stored: StoredIndex, paths: Sequence[str]) -> dict[str, str]:
+    """Embed files into the index, which is saved every minute; {path: why it cannot be read now}.
+
+    Threads read ahead: they hash and decode, while the model embeds segments of several files.
+    """
+    faults = {}
+    save_at = time.monotonic() + SAVE_SECONDS
+    no_bar = True if stored.folder is None else None  # None: only where a terminal shows it.
+    bar = tqdm(total=len(paths), desc="embedding", unit="file", disable=no_bar)
+    stopping = threading.Event()
+    readers = (read_file(path, stored.sounds, stopping) for path in paths)
     try:
-        for block in decoding.stream_audio(path, faults):
-            if samples and len(block) < audio.MIN_REMAINDER:
-                break  # a remainder that does not count
-            samples += len(block)
-            block = decoding.to_int16(block / max(1.0, np.abs(block).max()))
-            with torch.inference_mode():
-                segments, _ = audio.to_segments([block])
-                vectors.append(model.eval().project_segments(segments.to(model.device)).cpu())
+        with bar, contextlib.closing(in_threads(readers, QUEUED_BLOCKS, stopping)) as pieces:
+            for path, reading, segments in embed(model, pieces):
+                if reading.file is None:
+                    faults[path] = reading.fault
+                else:
+                    stored.add(path, reading, segments)
+                bar.update()
+                if time.monotonic() > save_at:
+                    stored.save()
+                    save_at = time.monotonic() + SAVE_SECONDS
+    finally:  # After Ctrl-C, too, what is embedded is kept.
+        stored.save()
+    return faults
+
+
+def embed_file(model: DualEncoder, path: decoding.AnyPath) -> tuple[Tensor, Reading]:
+    """Embed one file, however long: its scaled segments (s, D), none where it cannot be read."""
+    pieces = read_file(os.fspath(path), known=(), stopping=threading.Event())
+    (_, reading, segments), = embed(model, pieces)
+    return segments, reading
+
+
+def read_file(
+    path: str, known: Container[str], stopping: threading.Event
+) -> Iterator[tuple[str, np.ndarray | Reading]]:
+    """Read one file: yield its path with each of its blocks, (n,) int16, and then with a Reading.
+
+    Where its content is among the known digests, there are no blocks. No error is raised.
+    """
+    faults = []
+    samples = 0
+    segments = 0
+    try:
+        before = stamp(os.stat(path))
+        digest = digest_of_file(path, stopping)
+        sound = None
+        if digest not in known:
+            for block in decoding.stream_audio(path, faults):
+                samples += len(block)
+                if segments > 0 and len(block) < audio.MIN_REMAINDER:
+                    break
+                segments += 1
+                yield path, decoding.to_int16(block / max(1.0, np.abs(block).max()))
+            sound = Sound(samples / decoding.SAMPLE_RATE, segments, "; ".join(faults))
+        if stamp(os.stat(path)) != before:
+            yield path, Reading(None, None, "was changed while it was read")
+            return
+    except OSError as error:
+        yield path, Reading(None, None, f"cannot be read now ({error.strerror})")
+        return
     except InputError as error:
-        vectors, faults = vectors[:1], [str(error).removeprefix(printable(f"{path}: "))]
-    own = torch.cat(vectors)
-    seconds = min(samples / decoding.SAMPLE_RATE, len(own) * audio.SEGMENT_SECONDS)
-    return own / own.sum(dim=0).norm(), seconds, len(own), "; ".join(faults)
+        fault = str(error).removeprefix(printable(f"{path}: "))
+        if isinstance(error.__cause__, OSError):  # The disk or the network, not the content.
+            yield path, Reading(None, None, fault)
+            return
+        sound = Sound(0.0, 0, fault)
+    yield path, Reading(File(*before, digest), sound)
+
+
+def digest_of_file(path: str, stopping: threading.Event) -> str:
+    """Return a digest of a file's bytes; an InterruptedError where it is to stop."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(HASHED_BYTES):
+            digest.update(chunk)
+            if stopping.is_set():  # A file may be large, and a network slow.
+                raise InterruptedError
+    return digest.hexdigest()[:32]
+
+
+def embed(
+    model: DualEncoder, pieces: Iterator[tuple[str, np.ndarray | Reading]]
+) -> Iterator[tuple[str, Reading, Tensor]]:
+    """Embed the blocks of files, some blocks at a time, whichever files they belong to.
+
+    Yields a file's path, its Reading and its scaled segments (s, D) when all of them are embedded.
+    """
+    vectors = collections.defaultdict(list)  # {path: (D,) of its segments so far}
+    blocks = []
+    read_to_end = []
+
+    def embed_blocks() -> Iterator[tuple[str, Reading, Tensor]]:
+        if blocks:
+            segments, _ = audio.to_segments([block for _, block in blocks])
+            for (path, _), vector in zip(blocks, project(model, segments), strict=True):
+                vectors[path].append(vector)
+        for path, reading in read_to_end:
+            yield path, reading, scaled(vectors.pop(path, []), reading, model.config.embedding)
+        blocks.clear()
+        read_to_end.clear()
+
+    for path, piece in pieces:
+        if isinstance(piece, Reading):
+            read_to_end.append((path, piece))
+        else:
+            blocks.append((path, piece))
+        if len(blocks) == EMBED_SEGMENTS or not blocks:
+            yield from embed_blocks()
+    yield from embed_blocks()
+
+
+def project(model: DualEncoder, segments: Tensor) -> Tensor:
+    """(S, 320000) -> (S, D) on the CPU, without gradients; the model keeps its mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return model.project_segments(segments.to(model.device)).cpu()
+    finally:
+        model.train(was_training)
+
+
+def scaled(vectors: Sequence[Tensor], reading: Reading, width: int) -> Tensor:
+    """Segments of a file, (D,) each -> (s, D) that add up to its embedding, of unit norm."""
+    if reading.sound is None or reading.sound.segments == 0:
+        return torch.zeros(0, width)
+    segments = torch.stack(vectors)
+    return segments / segments.sum(dim=0).norm()
+
+
+def in_threads(
+    iterators: Iterable[Iterator], capacity: int, stopping: threading.Event
+) -> Iterator:
+    """Run iterators in threads, one for each core, and yield their items as they come.
+
+    Items of one iterator stay in their order, and at most `capacity` wait. Where the consumer
+    closes this generator, after an error or Ctrl-C, `stopping` is set and the threads are ended.
+    """
+    waiting = iter(iterators)
+    lock = threading.Lock()
+    items = queue.Queue(capacity)
+
+    def work() -> None:
+        error = None
+        try:
+            while not stopping.is_set():
+                with lock:
+                    iterator = next(waiting, None)
+                if iterator is None:
+                    break
+                for item in iterator:
+                    items.put(item)
+                    if stopping.is_set():
+                        break
+        except BaseException as raised:
+            error = raised
+        items.put(ThreadEnd(error))
+
+    running = (os.cpu_count() or 1)
+    for _ in range(running):
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        while running > 0:
+            item = items.get()
+            if not isinstance(item, ThreadEnd):
+                yield item
+                continue
+            running -= 1
+            if item.error is not None:
+                raise item.error
+    finally:
+        stopping.set()
+        while running > 0:  # A thread that cannot put what it has would wait for ever.
+            if isinstance(items.get(), ThreadEnd):
+                running -= 1
+
+
+class ThreadEnd(NamedTuple):
+    error: BaseException | None  # what ended the thread
+
+
+# --- The submission ---
+
+def write_submission(path: Path, queries: Sequence[str], index: SoundIndex) -> None:
+    """Write DCASE's csv: a row per distinct query, a column per file, in each cell their cosine.
+
+    A file that cannot be read, or not whole, is an InputError, and nothing is written.
+    """
+    if index.faults:
+        faults = [f"{name}: {fault}" for name, fault in index.faults.items()]
+        raise InputError.of(f"{index.root}: no submission without these files", faults)
+    queries = list(dict.fromkeys(queries))
+    embeddings = index.model.embed_text([in_words(query) for query in queries])  # (Q, D)
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["index", *index.names])
+        for query, embedding in zip(queries, embeddings, strict=True):
+            scores = index.scores(embedding).tolist()
+            writer.writerow([query, *(f"{score:.9g}" for score in scores)])
+    queries_and_files = f"{counted(len(queries), 'query')}, {counted(len(index.names), 'file')}"
+    print(f"submission  {path}: {queries_and_files}")
 
 
 # --- The command ---
 
 def parse_arguments():
     parser = Parser(__doc__)
-    add, add_query = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
-    add_query("sentence", nargs="?", help="what to search for (default: asks for it)")
-    add_query("--like", type=Path, metavar="FILE", help="search for sounds like this one")
-    add_query("--serve", action="store_true", help="open a local page to type into")
-    add_query("--list-faults", action="store_true", help="what could not be read, or not whole")
+
+    group = parser.add_argument_group("what to search for").add_mutually_exclusive_group()
+    add = group.add_argument
+    add("sentence", nargs="?", help="what is to be heard (default: asks for it)")
+    add("--like", type=Path, metavar="FILE", help="search for sounds like this one")
+    add("--serve", action="store_true", help="open a local page to type into")
+    add("--queries", type=Path, metavar="CSV", help="a csv with a column caption, for --submission")
+    add("--list-faults", action="store_true",
+        help="list the files that cannot be read, or not whole, and those that are not there now")
+
+    add = parser.add_argument_group("where to search").add_argument
     add("--audio", type=Path, metavar="FOLDER", required=True, help="the sounds to search")
-    add("--index", type=Path, metavar="FOLDER", help=f"default: {INDEX_NAME} among the sounds")
-    add("--checkpoint", type=Path, help="default: the newest best.pt of runs/")
-    add("--tokenizer", help="a name or folder, instead of the checkpoint's own")
-    add("--top", type=int, default=10, metavar="N", help="files shown (10)")
+    add("--index", type=Path, metavar="FOLDER",
+        help=f"where embeddings are kept (default {INDEX_NAME} among the sounds)")
+    add("--prune", action="store_true",
+        help="drop from the index what is not there now; else it is kept until it is back")
+
+    add = parser.add_argument_group("which model").add_argument
+    add("--checkpoint", help="a file, a run's folder, salsa or baseline (default: the newest "
+        "best.pt of runs/)")
+    add("--tokenizer", help="a tokenizer's name or folder, for a checkpoint that holds none")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default auto)")
+    add("--precision", default="auto", choices=("auto", *PRECISIONS),
+        help="autocast type of both encoders (default auto: bf16 or fp16 on a GPU, else fp32)")
+
+    add = parser.add_argument_group("what is shown").add_argument
+    add("--top", type=positive_int, default=10, metavar="N", help="files shown (default 10)")
     add("--by", choices=("file", "segment"), default="file",
-        help="score a file by the mean over its 10 s segments, or by its best one (file)")
-    add("--json", action="store_true", help="a JSON object per query and line")
-    add("--port", type=int, default=8765, help="of --serve (8765; 0 takes any that is free)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    add("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
+        help="score a file by the mean over its 10 s segments, or by its best one (default file)")
+    add("--json", action="store_true", help="print one JSON object for each query")
+    add("--submission", type=Path, metavar="CSV",
+        help="write the similarity of each of --queries and each file, as DCASE 2025 asks")
+    add("--port", type=int, default=8765, help="port of --serve (default 8765; 0: any free one)")
     try:
         args = parser.parse_args()
     except InputError as error:
-        dashed = any(word[:1] == "-" != word[1:2] for word in sys.argv[1:])
-        way = "; a sentence that begins with a dash goes after --" if dashed else ""
-        raise InputError(f"{error}{way}") from error
+        hint = ""
+        if any(word.startswith("-") and not word.startswith("--") for word in sys.argv[1:]):
+            hint = "; a sentence that begins with a dash goes after --"
+        raise InputError(f"{error}{hint}") from error
+
+    # What cannot be is said before the model is loaded and the folder embedded.
     if args.sentence is not None:
         args.sentence = in_words(args.sentence)
     if args.like:
-        next(decoding.stream_audio(args.like))  # is a sound, or said before the folder is embedded
+        next(decoding.stream_audio(args.like))
+    if (args.queries is None) != (args.submission is None):
+        parser.error("--queries and --submission go together")
+    if args.submission:
+        if args.submission.is_dir() or not os.access(args.submission.absolute().parent, os.W_OK):
+            raise InputError(f"{args.submission}: cannot be written; name a file in a folder that "
+                             "is there")
+        args.queries = queries_of(args.queries)
     return args
+
+
+def queries_of(table: Path) -> list[str]:
+    """Read the queries of a submission; one without a word is an InputError."""
+    queries = [row["caption"] for row in read_csv(table, ["caption"])]
+    for query in queries:
+        try:
+            in_words(query)
+        except InputError as error:
+            raise InputError(f"{table}: {error}") from error
+    return queries
+
+
+def typed_sentences() -> Iterator[str]:
+    """Yield the lines of standard input; where a person types, with a prompt and a history."""
+    sys.stdin.reconfigure(errors="replace")  # Bytes that are not UTF-8 are no word.
+    prompt = ""
+    if sys.stdin.isatty():
+        print("Type a sentence, then another; Ctrl-D ends it.", file=sys.stderr)
+        if sys.stdout.isatty():
+            with contextlib.suppress(ImportError):  # Some builds of Python lack it.
+                importlib.import_module("readline")  # input() then edits lines and keeps them.
+            prompt = "> "
+    while True:
+        try:
+            sentence = input(prompt)
+        except EOFError:
+            break
+        yield sentence
 
 
 def show(query: str, matches: list[Match], root: Path, as_json: bool) -> None:
     if as_json:
-        found = [match._asdict() | {"path": str(match.path)} for match in matches]
-        return print(json.dumps({"query": query, "matches": found}), flush=True)
+        objects = [match._asdict() | {"path": str(match.path)} for match in matches]
+        print(json.dumps({"query": query, "matches": objects}), flush=True)
+        return
     print(f"{'':4} {'score':>6}  {'above':>6}  {'where':>18}  file")
     for rank, match in enumerate(matches, start=1):
         name = printable(os.path.relpath(match.path, root))
         print(f"{rank:3}. {match.score:6.3f}  {match.above:6.1%}  {match.where():>18}  {name}")
 
 
+def missing_by_folder(index: SoundIndex) -> dict[str, int]:
+    """What is not there now: {a folder of which nothing is there, or a file: how many files}."""
+    there = set()
+    for name in [*index.names, *index.faults]:
+        there.update(map(str, Path(name).parents))
+    missing = collections.Counter()
+    for name in index.missing:
+        gone = [folder for folder in map(str, Path(name).parents) if folder not in there]
+        missing[gone[-1] + os.sep if gone else name] += 1  # the topmost
+    return missing
+
+
+def describe(index: SoundIndex, folder: Path, pruned: bool) -> str:
+    """Return in one line what is searched, and what is not."""
+    facts = [counted(len(index.names), "file")]
+    if index.faults:
+        facts.append(f"{len(index.faults):,} could not be read, or not to the end (--list-faults)")
+    if index.missing and pruned:
+        facts.append(f"{counted(len(index.missing), 'file')} not there, dropped from the index")
+    elif index.missing:
+        facts.append(f"{counted(len(index.missing), 'file')} not there now, kept in the index "
+                     "(--prune drops them)")
+    facts.append(f"index in {folder}")
+    return "; ".join(facts)
+
+
 def main() -> None:
     args = parse_arguments()
-    server = page.search_server(args.port) if args.serve else None  # before all that takes long
+    server = None
+    if args.serve:
+        server = page.search_server(args.port)  # Before all that takes long.
+
+    # --- The model ---
     device = choose_device(args.device)
-    model = DualEncoder.load(args.checkpoint or newest_checkpoint(), device, args.tokenizer)
+    checkpoint = checkpoint_file(args.checkpoint or newest_checkpoint())
+    model = DualEncoder.load(checkpoint, device, args.tokenizer)
     model.precision = choose_precision(args.precision, device)
+
+    # --- The sounds ---
     folder = args.index or args.audio / INDEX_NAME
-    index = SoundIndex.build(model, args.audio, folder)
-    print(f"{len(index.names):,} files; index in {folder}", file=sys.stderr)
-    faults = {name: file.fault for name, file in index.files.items() if file.fault}
-    if faults:
-        said = f"{len(faults):,} could not be read, or not to their end; --list-faults lists them"
-        print(said, file=sys.stderr)
+    index = SoundIndex.build(model, args.audio, folder, args.prune)
+    print(describe(index, folder, args.prune), file=sys.stderr)
+
+    # --- The answers ---
     if args.list_faults:
-        for name, fault in faults.items():
+        for name, fault in index.faults.items():
             print(printable(f"{name}: {fault}"))
-    elif server:
+        for name, files in missing_by_folder(index).items():
+            print(printable(f"{name}: is not there now ({counted(files, 'file')})"))
+    elif args.submission:
+        write_submission(args.submission, args.queries, index)
+    elif args.serve:
         page.serve(server, index, args.top, args.by)
-    elif given := args.like or args.sentence:
-        find = index.search_like if args.like else index.search
-        show(str(given), find(given, args.top, args.by), index.root, args.json)
+    elif args.like:
+        matches = index.search_like(args.like, args.top, args.by)
+        show(str(args.like), matches, index.root, args.json)
+    elif args.sentence:
+        show(args.sentence, index.search(args.sentence, args.top, args.by), index.root, args.json)
     else:
-        sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8 are no word
-        if sys.stdin.isatty():
-            print("Type a sentence, then another; Ctrl-D ends it.", file=sys.stderr)
-        for query in sys.stdin:
+        for sentence in typed_sentences():
             try:
-                matches = index.search(query, args.top, args.by)
-                show(query.strip(), matches, index.root, args.json)
+                matches = index.search(sentence, args.top, args.by)
+                show(sentence.strip(), matches, index.root, args.json)
             except InputError as error:
                 print(error, file=sys.stderr)
 

@@ -1,162 +1,724 @@
-"""Search: the index against plain products, what is new and changed, the command."""
+"""Search: exact, in an index that survives what happens to a library of sounds; its command."""
 
+import csv
 import io
 import json
 import os
 import re
+import shutil
 import socket
 import sys
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CAPTIONS, noise, write_wav
+from conftest import CAPTIONS, noise, write_csv, write_wav
 
 from dualenc import DualEncoder, audio, decoding, search
 from dualenc.errors import InputError
-from dualenc.search import File, SoundIndex
+from dualenc.search import INDEX_NAME, Sound, SoundIndex
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """Three sounds, one of them in a folder below."""
+def sounds(tmp_path):
+    """A folder of three sounds, one of them in a folder below."""
     for seed, name in enumerate(["a.wav", "b.wav", "deep/c.wav"]):
         write_wav(tmp_path / "sounds" / name, noise(1 + seed, seed))
     return tmp_path / "sounds"
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+@pytest.fixture
+def decoded(monkeypatch):
+    """The names of the files that were decoded so far."""
+    names = []
+    stream_audio = decoding.stream_audio
+
+    def stream_and_note(path, faults=None):
+        names.append(os.path.basename(path))
+        return stream_audio(path, faults)
+
+    monkeypatch.setattr(decoding, "stream_audio", stream_and_note)
+    return names
 
 
-def test_all_of_a_file_is_embedded_as_by_the_model(tiny_model, tmp_path):
-    ends = {"a.wav": 0.05, "b.wav": 12.5, "c.wav": 30.0, "d.wav": 31.0}
-    for seed, (name, seconds) in enumerate(ends.items()):
-        write_wav(tmp_path / name, noise(30.05 if seconds == 30 else seconds, seed))
+@pytest.fixture(scope="module")
+def other_model():
+    torch.manual_seed(1)
+    return DualEncoder.create("tiny", "random", CAPTIONS)
+
+
+def build(model, sounds, **options):
+    return SoundIndex.build(model, sounds, sounds / INDEX_NAME, **options)
+
+
+def part_files(sounds):
+    return sorted((sounds / INDEX_NAME).glob("*/*.part"))
+
+
+def size_of_index(sounds):
+    return sum(path.stat().st_size for path in part_files(sounds))
+
+
+def assert_close(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+
+
+def projected(model, path):
+    """A file's segments as the model projects them: a second route, (s, D)."""
+    segments, _ = audio.to_segments([decoding.load_audio(path)])
+    return model.project_segments(segments).detach()
+
+
+# --- What is embedded ---
+
+@pytest.mark.parametrize(
+    ("seconds", "segments"),
+    [(0.05, 1), (9.95, 1), (10, 1), (10.05, 1), (10.15, 2), (12.5, 2), (30, 3), (31, 4)],
+)
+def test_every_segment_of_a_file_is_embedded(tiny_model, tmp_path, seconds, segments):
+    path = write_wav(tmp_path / "a.wav", noise(seconds, 1))
+    vectors = SoundIndex.build(tiny_model, tmp_path).vectors()
+    assert vectors.shape == (segments, tiny_model.config.embedding)
+    assert_close(vectors, F.normalize(projected(tiny_model, path), dim=1))
+
+
+def test_a_files_score_is_the_cosine_with_its_embedding(tiny_model, tmp_path):
+    path = write_wav(tmp_path / "a.wav", noise(25, 1) * np.linspace(0.01, 1, 800_000))
+    query = tiny_model.embed_text("rain")[0]
+    score = SoundIndex.build(tiny_model, tmp_path).scores(query)
+    assert_close(score, tiny_model.embed_audio(path) @ query)
+
+
+def test_files_embedded_together_are_embedded_as_alone(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "EMBED_SEGMENTS", 3)
+    paths = [
+        write_wav(tmp_path / f"{i}.wav", noise(seconds, i))
+        for i, seconds in enumerate([1, 21, 11, 2, 35, 3, 1, 12])
+    ]
     index = SoundIndex.build(tiny_model, tmp_path)
-    assert index.names == list(ends)
-    parts = index.shares.split([1, 2, 3, 4])
-    for (name, end), shares in zip(ends.items(), parts, strict=True):
-        segments = audio.to_segments([decoding.load_audio(tmp_path / name)])[0]
-        own = tiny_model.project_segments(segments).detach()
-        close(F.normalize(shares, dim=1), F.normalize(own, dim=1))
-        close(shares.sum(dim=0), F.normalize(own.mean(dim=0), dim=0))
-        assert index.files[name].seconds == pytest.approx(end)
-    close(parts[1].sum(dim=0), tiny_model.embed_audio(tmp_path / "b.wav")[0])
-    tail = index.nearest(F.normalize(parts[1][1], dim=0), by="segment")[0]
-    assert (tail.path.name, tail.start, tail.end) == ("b.wav", 10, 12.5)
-    (match,) = SoundIndex.build(tiny_model, [tmp_path / "a.wav"]).search("rain")  # no folder
-    assert match.path == tmp_path / "a.wav" and match.above == 0
+    alone = [F.normalize(projected(tiny_model, path), dim=1) for path in paths]
+    assert_close(index.vectors(), torch.cat(alone))
+    owner = [i for i, vectors in enumerate(alone) for _ in vectors]
+    assert index.owner.tolist() == owner
 
 
-def with_segments(model, root, segments, counts):
-    """An index of (S, D) segments of any norm; count of them belong to a file each."""
-    shares = [own / own.sum(dim=0).norm() for own in torch.as_tensor(segments).split(counts)]
-    files = {f"{i:03}": File([], 10.0 * n, n, "") for i, n in enumerate(counts)}
-    return SoundIndex(model, root, files, torch.cat(shares))
+def test_a_list_of_files_can_be_searched(tiny_model, sounds):
+    paths = [sounds / "deep" / "c.wav", sounds / "a.wav"]
+    matches = SoundIndex.build(tiny_model, paths).search("rain")
+    assert {match.path for match in matches} == set(paths)
 
 
-@pytest.mark.parametrize("by", ["file", "segment"])
-def test_equals_sorting_every_score(tiny_model, tmp_path, by):
+def test_the_last_segment_ends_with_the_file(tiny_model, tmp_path):
+    write_wav(tmp_path / "a.wav", noise(12.5, 1))
+    index = SoundIndex.build(tiny_model, tmp_path)
+    (match,) = index.nearest(index.vectors()[1], by="segment")
+    assert (match.start, match.end, match.seconds) == (10, 12.5, 12.5)
+
+
+def test_a_model_in_training_stays_so(other_model, sounds):
+    other_model.train()
+    index = SoundIndex.build(other_model, sounds)
+    assert other_model.training
+    assert_close(index.vectors(), SoundIndex.build(other_model.eval(), sounds).vectors())
+
+
+def test_embeddings_can_be_learned_from(tiny_model, sounds):
+    vectors = SoundIndex.build(tiny_model, sounds).vectors()
+    weight = torch.zeros(vectors.shape[1], requires_grad=True)
+    (vectors @ weight).sum().backward()
+    assert_close(weight.grad, vectors.sum(dim=0))
+
+
+# --- Exact search ---
+
+def index_of(model, segments, counts):
+    """An index of segments (S, D) of any norm, counts of which belong to a file each.
+
+    As after many saves, they lie in three parts, and in another order than that of the files.
+    """
+    segments = torch.as_tensor(segments)
+    scaled = torch.cat([own / own.sum(dim=0).norm() for own in segments.split(counts)])
+    order = torch.randperm(len(scaled), generator=torch.Generator().manual_seed(0))
+    names = {f"{i:03}": Sound(10.0 * count, count, "") for i, count in enumerate(counts)}
+    parts = scaled[order].tensor_split(3)
+    return SoundIndex(model, Path("/"), names, parts, order.argsort())
+
+
+@pytest.fixture(scope="module")
+def random_index(tiny_model):
+    """150 files of one to four segments of unequal norms, and a query: arrays, and their index."""
     rng = np.random.default_rng(0)
     counts = rng.integers(1, 5, 150).tolist()
     width = tiny_model.config.embedding
-    segments = rng.standard_normal((sum(counts), width)).astype(np.float32)
-    index = with_segments(tiny_model, tmp_path, segments, counts)
-    query = rng.standard_normal(width).astype(np.float32)
+    segments = rng.standard_normal((sum(counts), width)) * rng.uniform(0.1, 2, (sum(counts), 1))
+    query = rng.standard_normal(width)
     query /= np.linalg.norm(query)
-    parts = np.split(segments.astype(float), np.cumsum(counts)[:-1])
-    cosines = [part @ query / np.linalg.norm(part, axis=1) for part in parts]
-    whole = [part.mean(axis=0) @ query / np.linalg.norm(part.mean(axis=0)) for part in parts]
-    scores = np.array([own.max() for own in cosines] if by == "segment" else whole)
+    index = index_of(tiny_model, segments.astype(np.float32), counts)
+    return index, np.split(segments, np.cumsum(counts)[:-1]), query
+
+
+@pytest.mark.parametrize("by", ["file", "segment"])
+def test_the_best_are_those_of_a_sort_of_all_cosines(random_index, by):
+    index, files, query = random_index
+    if by == "file":
+        means = [segments.mean(axis=0) for segments in files]
+        scores = np.array([mean @ query / np.linalg.norm(mean) for mean in means])
+    else:
+        scores = np.array([
+            max(segment @ query / np.linalg.norm(segment) for segment in segments)
+            for segments in files
+        ])
     order = np.argsort(-scores)[:10]
-    found = index.nearest(torch.from_numpy(query), 10, by)
-    assert [int(match.path.name) for match in found] == order.tolist()
-    for match, i in zip(found, order, strict=True):
-        assert match.score == pytest.approx(scores[i], abs=1e-5)
-        assert match.above == pytest.approx(np.mean(scores < scores[i]))
-        assert match.start == 10 * np.argmax(cosines[i]) and match.end == match.start + 10
+    matches = index.nearest(torch.tensor(query, dtype=torch.float32), 10, by)
+    assert [int(match.path.name) for match in matches] == order.tolist()
+    assert [match.score for match in matches] == pytest.approx(scores[order], abs=1e-5)
+    lower = [np.mean(scores < scores[i]) for i in order]
+    assert [match.above for match in matches] == pytest.approx(lower)
 
 
-def test_equal_scores_keep_the_order_of_files_and_count_as_not_lower(tiny_model, tmp_path):
+@pytest.mark.parametrize("by", ["file", "segment"])
+def test_the_segment_shown_is_the_best_one_not_the_loudest(random_index, by):
+    index, files, query = random_index
+    best, loudest = {}, {}
+    for i, segments in enumerate(files):
+        products = segments @ query
+        best[i] = 10 * int(np.argmax(products / np.linalg.norm(segments, axis=1)))
+        loudest[i] = 10 * int(np.argmax(products))
+    assert best != loudest
+    matches = index.nearest(torch.tensor(query, dtype=torch.float32), 150, by)
+    assert {int(match.path.name): match.start for match in matches} == best
+
+
+@pytest.mark.parametrize(("k", "order"), [(9, [1, 0, 2, 3, 4]), (2, [1, 0])])
+def test_ties_keep_the_order_of_names_and_are_not_lower(tiny_model, k, order):
     segments = torch.zeros(5, tiny_model.config.embedding)
     segments[[0, 2, 3, 4], 1] = 1  # four files alike
-    segments[1, 0] = 1  # the best
-    index = with_segments(tiny_model, tmp_path, segments, [1] * 5)
+    segments[1, 0] = 1
     query = torch.zeros(tiny_model.config.embedding)
     query[:2] = torch.tensor([0.8, 0.6])
-    for k, order in ((9, [1, 0, 2, 3, 4]), (2, [1, 0])):
-        found = index.nearest(query, k)
-        assert [int(match.path.name) for match in found] == order
-        # By hand: 4 of 5 are below the best, none below the others, however many are shown.
-        assert [match.above for match in found] == pytest.approx([0.8, 0, 0, 0, 0][:k])
-    with pytest.raises(InputError, match="k=0"):
-        index.nearest(query, 0)
+    matches = index_of(tiny_model, segments, [1] * 5).nearest(query, k)
+    assert [int(match.path.name) for match in matches] == order
+    # By hand: 4 of 5 are below the best, none below the others, however many are shown.
+    assert [match.above for match in matches] == pytest.approx([0.8, 0, 0, 0, 0][:k])
 
 
-def test_only_new_and_changed_files_are_embedded(tiny_model, folder, tmp_path, monkeypatch):
-    read, stream_audio, interruptions = [], decoding.stream_audio, [KeyboardInterrupt]
+@pytest.mark.parametrize(("k", "by"), [(0, "file"), (1, "clip")])
+def test_an_unknown_way_to_search_is_an_input_error(random_index, k, by):
+    index, _, query = random_index
+    with pytest.raises(InputError, match=f"k={k}, by={by}"):
+        index.nearest(torch.from_numpy(query), k, by)
 
-    def stream(path, faults):
-        read.append(path.name)
-        if path.name == "cut.wav" and interruptions:
-            raise interruptions.pop()
+
+def test_vectors_and_owners_are_what_a_search_library_needs(random_index):
+    index, files, _ = random_index
+    expected = np.concatenate(files)
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(index.vectors(), expected, atol=1e-6)
+    assert index.owner.tolist() == [i for i, segments in enumerate(files) for _ in segments]
+
+
+def test_a_sound_like_another_is_found_wherever_that_lies(tiny_model, sounds, tmp_path):
+    elsewhere = shutil.copy(sounds / "b.wav", tmp_path / "elsewhere.wav")
+    match = SoundIndex.build(tiny_model, sounds).search_like(elsewhere)[0]
+    assert match.path == sounds / "b.wav"
+    assert match.score == pytest.approx(1, abs=1e-5)
+
+
+def test_a_curly_apostrophe_is_a_straight_one():
+    assert search.in_words("a dog’s bark") == "a dog's bark"
+
+
+# --- A library that changes ---
+
+def test_what_is_unchanged_is_not_even_opened(tiny_model, sounds, decoded, monkeypatch):
+    first = build(tiny_model, sounds)
+    decoded.clear()
+    monkeypatch.setattr(search, "digest_of_file", None)  # would fail
+    second = build(tiny_model, sounds)
+    assert decoded == []
+    assert second.names == first.names == ["a.wav", "b.wav", "deep/c.wav"]
+    assert_close(second.vectors(), first.vectors())
+
+
+def test_only_new_and_changed_sounds_are_embedded(tiny_model, sounds, decoded):
+    build(tiny_model, sounds)
+    decoded.clear()
+    os.utime(write_wav(sounds / "b.wav", noise(2, 50)), (1, 1))  # Older is a change, too.
+    write_wav(sounds / "new.wav", noise(1, 51))
+    index = build(tiny_model, sounds)
+    assert sorted(decoded) == ["b.wav", "new.wav"]
+    assert_close(index.vectors(), SoundIndex.build(tiny_model, sounds).vectors())
+
+
+def test_a_touched_file_is_known_by_its_content(tiny_model, sounds, decoded):
+    build(tiny_model, sounds)
+    decoded.clear()
+    os.utime(sounds / "a.wav", (1, 1))
+    assert build(tiny_model, sounds).names == ["a.wav", "b.wav", "deep/c.wav"]
+    assert decoded == []
+
+
+def test_a_touched_file_is_hashed_once(tiny_model, sounds, monkeypatch):
+    build(tiny_model, sounds)
+    os.utime(sounds / "a.wav", (1, 1))
+    build(tiny_model, sounds)
+    monkeypatch.setattr(search, "digest_of_file", None)  # would fail
+    build(tiny_model, sounds)
+
+
+@pytest.mark.parametrize("new_name", ["z.wav", "deep/b.wav", "b.wav"])
+def test_a_moved_file_takes_its_embedding_along(tiny_model, sounds, decoded, new_name):
+    """Also one that replaces another."""
+    before = build(tiny_model, sounds)
+    decoded.clear()
+    (sounds / "a.wav").rename(sounds / new_name)
+    after = build(tiny_model, sounds)
+    assert decoded == []
+    assert after.missing == []
+    vector = after.vectors()[after.names.index(new_name)]
+    assert_close(vector, before.vectors()[before.names.index("a.wav")])
+    assert build(tiny_model, sounds).missing == []
+
+
+def test_a_copy_is_not_embedded_again(tiny_model, sounds, decoded):
+    build(tiny_model, sounds)
+    decoded.clear()
+    shutil.copy(sounds / "b.wav", sounds / "copy.wav")
+    index = build(tiny_model, sounds)
+    assert decoded == []
+    original, copy = (index.vectors()[index.names.index(n)] for n in ("b.wav", "copy.wav"))
+    assert_close(copy, original)
+
+
+def test_a_copy_that_goes_away_is_missing_not_moved(tiny_model, sounds):
+    shutil.copy(sounds / "b.wav", sounds / "copy.wav")
+    build(tiny_model, sounds)
+    (sounds / "copy.wav").unlink()
+    assert build(tiny_model, sounds).missing == ["copy.wav"]
+
+
+def test_what_is_not_there_is_not_searched_but_kept(tiny_model, sounds, tmp_path, decoded):
+    """As of a drive that is not mounted."""
+    before = build(tiny_model, sounds)
+    (sounds / "deep").rename(tmp_path / "unmounted")
+    while_away = build(tiny_model, sounds)
+    assert while_away.names == ["a.wav", "b.wav"]
+    assert while_away.missing == ["deep/c.wav"]
+    assert all(match.path.exists() for match in while_away.search("rain"))
+
+    decoded.clear()
+    (tmp_path / "unmounted").rename(sounds / "deep")
+    after = build(tiny_model, sounds)
+    assert decoded == []
+    assert after.missing == []
+    assert_close(after.vectors(), before.vectors())
+
+
+def test_a_link_whose_target_is_away_is_missing(tiny_model, sounds, tmp_path, decoded):
+    target = write_wav(tmp_path / "target.wav", noise(1, 5))
+    (sounds / "link.wav").symlink_to(target)
+    build(tiny_model, sounds)
+    target.rename(tmp_path / "away.wav")
+    index = build(tiny_model, sounds)
+    assert index.missing == ["link.wav"]
+    assert index.faults == {}
+    decoded.clear()
+    (tmp_path / "away.wav").rename(target)
+    assert "link.wav" in build(tiny_model, sounds).names
+    assert decoded == []
+
+
+def test_a_link_that_never_led_anywhere_is_a_fault(tiny_model, sounds):
+    (sounds / "link.wav").symlink_to(sounds / "nowhere")
+    assert "No such file" in build(tiny_model, sounds).faults["link.wav"]
+
+
+def test_a_library_of_which_nothing_is_there_says_so(tiny_model, sounds, tmp_path):
+    SoundIndex.build(tiny_model, sounds, tmp_path / "index")
+    shutil.rmtree(sounds)
+    sounds.mkdir()
+    with pytest.raises(InputError, match="3 files of the index, not there now"):
+        SoundIndex.build(tiny_model, sounds, tmp_path / "index")
+
+
+def test_prune_drops_what_is_not_there(tiny_model, sounds, tmp_path, decoded):
+    build(tiny_model, sounds)
+    before = size_of_index(sounds)
+    (sounds / "deep").rename(tmp_path / "deep")
+    assert build(tiny_model, sounds, prune=True).missing == ["deep/c.wav"]
+    assert build(tiny_model, sounds).missing == []
+    assert len(part_files(sounds)) == 1
+    assert size_of_index(sounds) < before
+
+    decoded.clear()
+    (tmp_path / "deep").rename(sounds / "deep")
+    build(tiny_model, sounds)
+    assert decoded == ["c.wav"]
+
+
+def test_prune_keeps_all_that_is_there(tiny_model, sounds, decoded):
+    before = build(tiny_model, sounds)
+    build(tiny_model, sounds, prune=True)
+    (sounds / "a.wav").unlink()
+    build(tiny_model, sounds, prune=True)
+    decoded.clear()
+    after = build(tiny_model, sounds)
+    assert decoded == []
+    assert_close(after.vectors(), before.vectors()[1:])
+
+
+# --- Files that cannot be read ---
+
+def test_what_is_no_sound_is_told_and_remembered(tiny_model, sounds, decoded):
+    name = os.fsdecode(b"bad \xff\n.wav")  # not UTF-8
+    (sounds / name).write_bytes(b"no sound")
+    assert "cannot be read as a sound" in build(tiny_model, sounds).faults[name]
+    decoded.clear()
+    index = build(tiny_model, sounds)
+    assert decoded == []
+    assert "cannot be read as a sound" in index.faults[name]
+    assert index.names == ["a.wav", "b.wav", "deep/c.wav"]
+
+
+def test_a_file_that_was_repaired_is_searched(tiny_model, sounds):
+    (sounds / "bad.wav").write_bytes(b"no sound")
+    build(tiny_model, sounds)
+    write_wav(sounds / "bad.wav", noise(1, 5))
+    index = build(tiny_model, sounds)
+    assert "bad.wav" in index.names
+    assert index.faults == {}
+
+
+def test_a_truncated_file_is_searched_and_told(tiny_model, sounds):
+    path = write_wav(sounds / "cut.wav", noise(3))
+    path.write_bytes(path.read_bytes()[:64_044])
+    for _ in range(2):
+        index = build(tiny_model, sounds)
+        assert "1.0 s of 3.0 s" in index.faults["cut.wav"]
+        assert "cut.wav" in index.names
+
+
+def test_a_pipe_is_a_fault_and_is_not_waited_for(tiny_model, sounds):
+    os.mkfifo(sounds / "pipe.wav")
+    assert build(tiny_model, sounds).faults == {"pipe.wav": "is not a file"}
+
+
+def test_a_file_that_cannot_be_read_now_keeps_its_embedding(tiny_model, sounds, monkeypatch):
+    before = build(tiny_model, sounds)
+    write_wav(sounds / "a.wav", noise(2, 50))
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "digest_of_file", refused)
+        index = build(tiny_model, sounds)
+    assert index.faults == {"a.wav": "cannot be read now (Permission denied)"}
+    assert_close(index.vectors(), before.vectors())
+    index = build(tiny_model, sounds)
+    assert index.faults == {}
+    assert_close(index.vectors(), SoundIndex.build(tiny_model, sounds).vectors())
+
+
+def refused(path, stopping):
+    raise PermissionError(13, "Permission denied", path)
+
+
+def test_a_fault_of_the_disk_is_not_taken_for_one_of_the_sound(tiny_model, sounds, monkeypatch):
+    stream_audio = decoding.stream_audio
+
+    def fails_on_a(path, faults=None):
+        if path.endswith("a.wav"):
+            raise InputError(f"{path}: cannot be read (Input/output error)") from OSError(5, "x")
         return stream_audio(path, faults)
 
-    def update():
-        read.clear()
-        return SoundIndex.build(tiny_model, folder, tmp_path / "index")
-
-    monkeypatch.setattr(decoding, "stream_audio", stream)
-    monkeypatch.setattr(search, "SAVE_SECONDS", -1)  # due after every file
-    bad = folder / os.fsdecode(b"bad \xff\n.wav")  # no UTF-8
-    bad.write_bytes(b"no sound")
-    whole = write_wav(folder / "cut.wav", noise(3))
-    whole.write_bytes(whole.read_bytes()[:64_044])
-    (folder / "gone.wav").symlink_to(folder / "nowhere")
-    with pytest.raises(KeyboardInterrupt):
-        update()
-    assert read == ["a.wav", "b.wav", bad.name, "cut.wav"]
-    update()  # goes on
-    assert read == ["cut.wav", "c.wav", "gone.wav"]
-    index = update()
-    assert read == []  # what could not be read is remembered, too
-    assert "cannot be read as a sound" in index.files[bad.name].fault
-    assert "no such file" in index.files["gone.wav"].fault
-    assert "cut off: 1.0 s of 3.0 s" in index.files["cut.wav"].fault
-    assert index.names == ["a.wav", "b.wav", "cut.wav", "deep/c.wav"]
-
-    os.utime(write_wav(folder / "b.wav", noise(2, 50)), (1, 1))  # older is a change, too
-    (folder / "a.wav").unlink()
-    write_wav(bad, noise(2, 51))
-    index = update()
-    assert sorted(read) == ["b.wav", bad.name]
-    plain = SoundIndex.build(tiny_model, folder)
-    for other in (plain, SoundIndex.load(tmp_path / "index", tiny_model, folder)):
-        assert other.names == index.names == ["b.wav", bad.name, "cut.wav", "deep/c.wav"]
-        close(other.shares, index.shares)
-    assert all(match.path.exists() for match in index.search("rain"))
-    bad.unlink()
-    assert update().names == ["b.wav", "cut.wav", "deep/c.wav"] and read == []
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding, "stream_audio", fails_on_a)
+        index = build(tiny_model, sounds)
+    assert "Input/output error" in index.faults["a.wav"]
+    assert index.names == ["b.wav", "deep/c.wav"]
+    assert build(tiny_model, sounds).names == ["a.wav", "b.wav", "deep/c.wav"]
 
 
-def test_an_index_of_another_model_or_folder_is_refused(tiny_model, folder, tmp_path):
-    SoundIndex.build(tiny_model, folder, folder / search.INDEX_NAME)
-    moved = folder.rename(tmp_path / "it's moved")  # with the index in it
-    index = moved / search.INDEX_NAME
-    assert len(SoundIndex.load(index, tiny_model, moved).names) == 3
-    other = DualEncoder.create("tiny", "random", CAPTIONS)
-    for model, root in ((other, moved), (tiny_model, tmp_path)):
-        with pytest.raises(InputError, match="of another checkpoint or folder.*rm -r '"):
-            SoundIndex.load(index, model, root)
-    (index / "index").write_bytes((index / "index").read_bytes()[:-4000])
-    with pytest.raises(InputError, match="or damaged"):
-        SoundIndex.build(tiny_model, moved, index)
+def test_a_file_that_changes_while_it_is_read_is_read_again(tiny_model, sounds, monkeypatch):
+    stream_audio = decoding.stream_audio
 
+    def stream_and_replace(path, faults=None):
+        yield from stream_audio(path, faults)
+        if path.endswith("a.wav"):
+            write_wav(sounds / "a.wav", noise(2, 50))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding, "stream_audio", stream_and_replace)
+        assert "changed while" in build(tiny_model, sounds).faults["a.wav"]
+    index = build(tiny_model, sounds)
+    assert_close(index.vectors(), SoundIndex.build(tiny_model, sounds).vectors())
+
+
+# --- The index folder ---
+
+def test_library_and_index_may_be_moved_together(tiny_model, sounds, tmp_path, decoded):
+    build(tiny_model, sounds)
+    decoded.clear()
+    moved = sounds.rename(tmp_path / "moved")
+    index = build(tiny_model, moved)
+    assert decoded == []
+    assert index.missing == []
+    assert index.search("rain")[0].path.exists()
+
+
+def test_a_library_may_be_renamed_while_its_index_lies_elsewhere(
+    tiny_model, sounds, tmp_path, decoded
+):
+    SoundIndex.build(tiny_model, sounds, tmp_path / "index")
+    decoded.clear()
+    moved = sounds.rename(tmp_path / "moved")
+    index = SoundIndex.build(tiny_model, moved, tmp_path / "index")
+    assert decoded == []
+    assert index.names == ["a.wav", "b.wav", "deep/c.wav"]
+
+
+def test_two_libraries_in_one_index_folder_keep_apart(tiny_model, sounds, tmp_path, decoded):
+    """Their files have the same names."""
+    for seed, name in enumerate(["a.wav", "b.wav"]):
+        write_wav(tmp_path / "others" / name, noise(1, 10 + seed))
+    first = SoundIndex.build(tiny_model, sounds, tmp_path / "index")
+    second = SoundIndex.build(tiny_model, tmp_path / "others", tmp_path / "index", prune=True)
+    assert second.missing == []
+    decoded.clear()
+    again = SoundIndex.build(tiny_model, sounds, tmp_path / "index")
+    assert decoded == []
+    assert_close(again.vectors(), first.vectors())
+
+
+def test_a_folder_below_is_searched_in_the_same_index(tiny_model, sounds, tmp_path, decoded):
+    SoundIndex.build(tiny_model, sounds, tmp_path / "index")
+    decoded.clear()
+    index = SoundIndex.build(tiny_model, sounds / "deep", tmp_path / "index")
+    assert decoded == []
+    assert index.names == ["c.wav"]
+
+
+def test_each_model_has_its_own_embeddings(tiny_model, other_model, sounds, decoded):
+    build(tiny_model, sounds)
+    other = build(other_model, sounds)
+    assert_close(other.vectors(), SoundIndex.build(other_model, sounds).vectors())
+    decoded.clear()
+    build(tiny_model, sounds)
+    assert decoded == []
+
+
+def test_a_save_writes_what_is_new_since_the_last_one(tiny_model, sounds):
+    for seed in range(20):
+        write_wav(sounds / f"{seed}.wav", noise(1, 100 + seed))
+    build(tiny_model, sounds)
+    before = size_of_index(sounds)
+    write_wav(sounds / "new.wav", noise(1, 200))
+    build(tiny_model, sounds)
+    assert len(part_files(sounds)) == 2
+    assert size_of_index(sounds) - before < before / 4
+
+
+def test_embeddings_are_saved_while_others_are_made(tiny_model, sounds, monkeypatch):
+    monkeypatch.setattr(search, "SAVE_SECONDS", -1)
+    monkeypatch.setattr(search, "EMBED_SEGMENTS", 1)
+    build(tiny_model, sounds)
+    assert len(part_files(sounds)) == 3
+
+
+def test_many_parts_become_one(tiny_model, sounds, monkeypatch, decoded):
+    monkeypatch.setattr(search, "MAX_PARTS", 3)
+    for seed in range(4):
+        write_wav(sounds / f"{seed}.wav", noise(1, 100 + seed))
+        index = build(tiny_model, sounds)
+        assert len(part_files(sounds)) == (seed + 1 if seed < 3 else 1)
+    decoded.clear()
+    merged = build(tiny_model, sounds)
+    assert decoded == []
+    assert_close(merged.vectors(), index.vectors())
+    assert_close(merged.vectors(), SoundIndex.build(tiny_model, sounds).vectors())
+
+
+def test_merging_keeps_what_is_not_there_now(tiny_model, sounds, tmp_path, monkeypatch, decoded):
+    build(tiny_model, sounds)
+    (sounds / "deep").rename(tmp_path / "deep")
+    monkeypatch.setattr(search, "MAX_PARTS", 1)
+    write_wav(sounds / "new.wav", noise(1, 5))
+    build(tiny_model, sounds)
+    assert len(part_files(sounds)) == 1
+    (tmp_path / "deep").rename(sounds / "deep")
+    decoded.clear()
+    build(tiny_model, sounds)
+    assert decoded == []
+
+
+def test_the_later_part_counts_where_the_clock_was_put_back(tiny_model, sounds, monkeypatch):
+    build(tiny_model, sounds)
+    monkeypatch.setattr(time, "time_ns", lambda: 1)
+    write_wav(sounds / "a.wav", noise(2, 50))
+    build(tiny_model, sounds)
+    monkeypatch.setattr(search, "digest_of_file", None)  # would fail
+    build(tiny_model, sounds)
+
+
+@pytest.mark.parametrize("kept", [0, 1000, -1000, -4])
+def test_a_damaged_part_is_passed_over_and_its_files_are_embedded_again(
+    tiny_model, sounds, decoded, capsys, kept
+):
+    build(tiny_model, sounds)
+    write_wav(sounds / "new.wav", noise(1, 5))
+    before = build(tiny_model, sounds)
+    _, damaged = part_files(sounds)
+    damaged.write_bytes(damaged.read_bytes()[:kept])
+    decoded.clear()
+    after = build(tiny_model, sounds)
+    assert decoded == ["new.wav"]
+    assert f"{damaged}: is damaged" in capsys.readouterr().err
+    assert_close(after.vectors(), before.vectors())
+
+
+def test_an_index_of_an_earlier_version_is_made_anew(tiny_model, sounds, capsys):
+    old_index = sounds / INDEX_NAME / "index"
+    old_index.parent.mkdir()
+    header = json.dumps([["index 2", "0", ".."], {"a.wav": [[1, 2], 1.0, 1, ""]}])
+    torch.save([header, torch.zeros(1, tiny_model.config.embedding)], old_index)
+    assert build(tiny_model, sounds).names == ["a.wav", "b.wav", "deep/c.wav"]
+    assert f"{old_index}: is of an earlier version" in capsys.readouterr().err
+    build(tiny_model, sounds)
+    assert capsys.readouterr().err == ""
+
+
+def test_an_index_that_cannot_be_written_is_said_before_the_first_file(
+    tiny_model, sounds, tmp_path, decoded
+):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file: the index cannot be written.*--index FOLDER"):
+        SoundIndex.build(tiny_model, sounds, tmp_path / "file")
+    assert decoded == []
+
+
+def test_an_index_that_cannot_be_written_can_be_searched(tiny_model, sounds, monkeypatch):
+    build(tiny_model, sounds)
+    monkeypatch.setattr(search, "save_atomically", None)  # would fail
+    monkeypatch.setattr(search.tempfile, "TemporaryFile", None)
+    assert build(tiny_model, sounds).search("rain")
+
+
+def test_two_searches_at_once_both_keep_what_they_embed(tiny_model, sounds, decoded):
+    """Each began before the other saved."""
+    first = search.StoredIndex(sounds / INDEX_NAME, tiny_model)
+    second = search.StoredIndex(sounds / INDEX_NAME, tiny_model)
+    for stored, name in ((first, "a.wav"), (second, "b.wav"), (first, "b.wav")):
+        stored.check_writable()
+        search.embed_changed(tiny_model, stored, [os.path.realpath(sounds / name)])
+    decoded.clear()
+    index = build(tiny_model, sounds)
+    assert decoded == ["c.wav"]
+    assert_close(index.vectors(), SoundIndex.build(tiny_model, sounds).vectors())
+
+
+def test_a_part_that_another_search_has_just_merged_is_no_fault(tiny_model, sounds, monkeypatch):
+    before = build(tiny_model, sounds)
+    write_wav(sounds / "new.wav", noise(1, 5))
+    build(tiny_model, sounds)
+    read_part = search.read_part
+    merged = []
+
+    def merge_first(part_file):
+        if not merged:
+            merged.append(True)
+            monkeypatch.setattr(search, "MAX_PARTS", 1)
+            search.StoredIndex(sounds / INDEX_NAME, tiny_model).tidy(drop_forgotten=False)
+        return read_part(part_file)
+
+    monkeypatch.setattr(search, "read_part", merge_first)
+    after = search.StoredIndex(sounds / INDEX_NAME, tiny_model)
+    assert len(after.files) == 4
+    assert sum(map(len, after.parts)) == len(before.vectors()) + 1
+
+
+# --- Reading ahead in threads ---
+
+def test_an_interruption_keeps_what_was_embedded_and_ends_all_threads(
+    tiny_model, sounds, decoded, monkeypatch
+):
+    monkeypatch.setattr(search, "EMBED_SEGMENTS", 1)
+    project = search.project
+    calls = []
+
+    def interrupted(model, segments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return project(model, segments)
+
+    threads = threading.active_count()
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "project", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            build(tiny_model, sounds)
+    assert all_end(threads)
+    decoded.clear()
+    build(tiny_model, sounds)
+    assert len(decoded) == 1
+
+
+def all_end(threads: int) -> bool:
+    """Whether no more threads than that are left, but for those that are just ending."""
+    until = time.monotonic() + 2
+    while threading.active_count() > threads and time.monotonic() < until:
+        time.sleep(0.01)
+    return threading.active_count() <= threads
+
+
+def test_threads_read_ahead_no_further_than_the_queue_holds():
+    taken = []
+
+    def blocks():
+        for i in range(1000):
+            taken.append(i)
+            yield i
+
+    items = search.in_threads([blocks()], 5, threading.Event())
+    next(items)
+    time.sleep(0.2)
+    # One was taken from the queue, five wait, one is being put.
+    assert len(taken) <= 7
+    items.close()
+
+
+def test_items_of_one_iterator_stay_in_order_and_all_come():
+    iterators = [iter([(i, j) for j in range(50)]) for i in range(20)]
+    items = list(search.in_threads(iterators, 3, threading.Event()))
+    assert len(items) == 1000
+    for i in range(20):
+        assert [item for item in items if item[0] == i] == [(i, j) for j in range(50)]
+
+
+def test_an_error_in_a_thread_is_raised_and_ends_the_others():
+    def fails():
+        yield 1
+        raise MemoryError
+
+    endless = iter(int, 1)
+    threads = threading.active_count()
+    with pytest.raises(MemoryError):
+        list(search.in_threads([fails(), endless], 3, threading.Event()))
+    assert all_end(threads)
+
+
+def test_hashing_a_large_file_can_be_stopped(sounds):
+    stopping = threading.Event()
+    stopping.set()
+    with pytest.raises(InterruptedError):
+        search.digest_of_file(sounds / "a.wav", stopping)
+
+
+# --- The command ---
 
 @pytest.fixture
 def command(monkeypatch, tmp_path, tiny_model):
+    """Run the command with the tiny model."""
     torch.save(tiny_model.checkpoint(), tmp_path / "best.pt")
 
     def call(*arguments):
@@ -167,37 +729,100 @@ def command(monkeypatch, tmp_path, tiny_model):
     return call
 
 
-def test_the_command(command, folder, tmp_path, capsys, monkeypatch):
-    write_wav(tmp_path / "elsewhere" / "d.wav", noise(1, 8))
-    (folder / "link").symlink_to(tmp_path / "elsewhere")
-    (folder / "deep" / "up").symlink_to(folder)  # each folder is searched once
-    (folder / "bad\x1b.wav").write_bytes(b"x")
-    command("--audio", folder, "--", "-a dog barks")
+def test_matches_are_shown_in_a_table(command, sounds, capsys):
+    command("--audio", sounds, "--", "-a dog barks")
     out, err = capsys.readouterr()
-    assert re.findall(r"^ +(\d)\. +-?0\.\d{3} +([\d.]+)%", out, re.M) == [
-        ("1", "75.0"), ("2", "50.0"), ("3", "25.0"), ("4", "0.0")
-    ]
-    assert re.findall(r"0:00 to 0:02  (.*)", out) == ["b.wav"] and "link/d.wav" in out
-    assert "4 files; index in" in err and "1 could not be read" in err and "--list-faults" in err
+    numbers = re.findall(r"^ +(\d)\. +-?0\.\d{3} +([\d.]+)%", out, re.M)
+    assert numbers == [("1", "66.7"), ("2", "33.3"), ("3", "0.0")]
+    assert re.findall(r"0:00 to 0:02  (.*)", out) == ["b.wav"]
+    assert err == f"3 files; index in {sounds / INDEX_NAME}\n"
 
-    command("--audio", folder, "--list-faults")
+
+def test_links_to_folders_are_followed_each_folder_once(command, sounds, tmp_path, capsys):
+    write_wav(tmp_path / "elsewhere" / "d.wav", noise(1, 8))
+    (sounds / "link").symlink_to(tmp_path / "elsewhere")
+    (sounds / "deep" / "up").symlink_to(sounds)
+    command("rain", "--audio", sounds)
+    out, err = capsys.readouterr()
+    assert "link/d.wav" in out
+    assert err.startswith("4 files;")
+
+
+def test_faults_are_counted_and_listed(command, sounds, capsys):
+    (sounds / "bad\x1b.wav").write_bytes(b"x")
+    command("rain", "--audio", sounds)
+    assert "; 1 could not be read, or not to the end (--list-faults);" in capsys.readouterr().err
+    command("--audio", sounds, "--list-faults")
     assert re.match(r"bad\\x1b.wav: cannot be read as a sound \(.*\)\n$", capsys.readouterr().out)
 
-    like = folder / "b.wav"
-    command("--like", like, "--audio", folder, "--json", "--by", "segment", "--top", 2)
-    found = json.loads(capsys.readouterr().out)
-    assert found["query"] == str(like) and len(found["matches"]) == 2
-    best = found["matches"][0]
-    assert best["path"] == str(like) and best["score"] == pytest.approx(1, abs=1e-4)
-    assert (best["start"], best["end"]) == (0, 2)
 
+def test_what_is_not_there_is_counted_and_listed_by_folder(command, sounds, tmp_path, capsys):
+    for seed, name in enumerate(["drive/x.wav", "drive/sub/y.wav", "deep/d.wav"]):
+        write_wav(sounds / name, noise(1, 20 + seed))
+    command("rain", "--audio", sounds)
+    (sounds / "drive").rename(tmp_path / "drive")
+    (sounds / "deep" / "d.wav").unlink()
+    capsys.readouterr()
+    command("--audio", sounds, "--list-faults")
+    out, err = capsys.readouterr()
+    assert "3 files; 3 files not there now, kept in the index (--prune drops them);" in err
+    assert out.splitlines() == [
+        "deep/d.wav: is not there now (1 file)", "drive/: is not there now (2 files)"
+    ]
+
+
+def test_prune_says_how_many_it_drops(command, sounds, capsys):
+    command("rain", "--audio", sounds)
+    (sounds / "a.wav").unlink()
+    capsys.readouterr()
+    command("rain", "--audio", sounds, "--prune")
+    assert "2 files; 1 file not there, dropped from the index;" in capsys.readouterr().err
+
+
+def test_a_sound_is_the_query_and_json_the_answer(command, sounds, capsys):
+    like = sounds / "b.wav"
+    command("--like", like, "--audio", sounds, "--json", "--by", "segment", "--top", 2)
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["query"] == str(like)
+    assert len(answer["matches"]) == 2
+    best = answer["matches"][0]
+    assert best["score"] == pytest.approx(1, abs=1e-4)
+    del best["score"]
+    assert best == {
+        "path": str(like), "above": pytest.approx(2 / 3), "start": 0, "end": 2, "seconds": 2
+    }
+
+
+def test_sentences_are_read_line_by_line(command, sounds, capsys, monkeypatch):
     typed = io.BytesIO(b"rain\r\n ?! \nrain\n  rain\xff falls ")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(typed, encoding="utf-8", newline=""))
-    command("--audio", folder, "--json")
+    command("--audio", sounds, "--json")
     out, err = capsys.readouterr()
     first, second, third = map(json.loads, out.splitlines())
-    assert first == second and first["query"] == "rain" and third["query"] == "rain\ufffd falls"
+    assert first == second
+    assert first["query"] == "rain"
+    assert third["query"] == "rain\ufffd falls"
     assert "'?!': no word is left" in err
+
+
+def test_who_types_gets_a_prompt_and_a_history(monkeypatch, capsys):
+    prompts = []
+
+    def typed(prompt):
+        prompts.append(prompt)
+        if len(prompts) == 3:
+            raise EOFError
+        return "rain"
+
+    terminal = io.TextIOWrapper(io.BytesIO())
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stdin", terminal)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.delitem(sys.modules, "readline", raising=False)
+    assert list(search.typed_sentences()) == ["rain", "rain"]
+    assert prompts == ["> "] * 3
+    assert "readline" in sys.modules
 
 
 @pytest.mark.parametrize(
@@ -207,21 +832,73 @@ def test_the_command(command, folder, tmp_path, capsys, monkeypatch):
         (["?! ", "--audio", "sounds"], "no word is left"),
         (["-bark", "--audio", "sounds"], "begins with a dash goes after --"),
         (["a dog", "--serve", "--audio", "sounds"], "not allowed with"),
+        (["a dog", "--audio", "sounds", "--top", "0"], "--top: 0: a whole number above 0"),
         (["a dog", "--audio", "empty"], "no sound file that can be read: none"),
         (["a dog", "--audio", "bad"], "no sound file that can be read: x.wav: .*as a sound"),
-        (["a dog", "--audio", "sounds", "--index", "file"], "cannot be written"),
+        (["a dog", "--audio", "sounds", "--index", "file"], "cannot be written.*--index FOLDER"),
         (["--like", "file", "--audio", "sounds"], "file: cannot be read as a sound"),
         (["--serve", "--audio", "sounds", "--port", "{taken}"], "--port.*name another"),
+        (["--queries", "q.csv", "--audio", "sounds"], "--queries and --submission go together"),
+        (["dog", "--submission", "a.csv", "--audio", "sounds"], "and --submission go together"),
+        (["--queries", "q.csv", "--submission", "no/a.csv", "--audio", "sounds"],
+         "no/a.csv: cannot be written"),
+        (["--queries", "other.csv", "--submission", "a.csv", "--audio", "sounds"],
+         "other.csv: .*columns? caption"),
+        (["--queries", "empty.csv", "--submission", "a.csv", "--audio", "sounds"],
+         "empty.csv: '\\?': no word is left"),
     ],
 )
-def test_bad_input_is_one_line(command, folder, tmp_path, monkeypatch, arguments, message):
+def test_bad_input_is_one_line(command, sounds, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     for name in ("file", "empty/file", "bad/x.wav"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("no sound")
+    write_csv(tmp_path / "q.csv", ["caption"], [["rain"]])
+    write_csv(tmp_path / "other.csv", ["query"], [["rain"]])
+    write_csv(tmp_path / "empty.csv", ["caption"], [["rain"], ["?"]])
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(InputError, match=message) as error:
             command(*(argument.format(taken=port) for argument in arguments))
     assert "\n" not in str(error.value)
-    assert not (folder / search.INDEX_NAME).exists()  # before the folder is embedded
+    assert not (sounds / INDEX_NAME).exists()  # Before anything is embedded.
+
+
+# --- The submission ---
+
+def read_submission(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    return header, [row[0] for row in rows], np.array([row[1:] for row in rows], float)
+
+
+def test_a_submission_has_a_row_for_each_query_and_a_column_for_each_file(
+    command, sounds, tmp_path, tiny_model
+):
+    queries = ["rain", "a, dog", "rain", "birds sing", "a, dog", "dog"]
+    table = write_csv(tmp_path / "q.csv", ["caption"], [[query] for query in queries])
+    command("--queries", table, "--audio", sounds, "--submission", tmp_path / "out.csv")
+    header, rows, scores = read_submission(tmp_path / "out.csv")
+    assert header == ["index", "a.wav", "b.wav", "deep/c.wav"]
+    assert rows == ["rain", "a, dog", "birds sing", "dog"]
+    audio_embeddings = tiny_model.embed_audio(sounds / name for name in header[1:])
+    expected = tiny_model.embed_text(rows) @ audio_embeddings.T
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+
+
+def test_a_submission_has_only_what_is_in_the_folder(command, sounds, tmp_path):
+    table = write_csv(tmp_path / "q.csv", ["caption"], [["rain"]])
+    command("rain", "--audio", sounds)
+    (sounds / "a.wav").unlink()
+    command("--queries", table, "--audio", sounds, "--submission", tmp_path / "out.csv")
+    header, _, _ = read_submission(tmp_path / "out.csv")
+    assert header == ["index", "b.wav", "deep/c.wav"]
+
+
+def test_a_submission_without_one_of_the_files_is_not_written(command, sounds, tmp_path):
+    table = write_csv(tmp_path / "q.csv", ["caption"], [["rain"]])
+    path = write_wav(sounds / "cut.wav", noise(3))
+    path.write_bytes(path.read_bytes()[:64_044])
+    with pytest.raises(InputError, match=r"cut.wav: .*1.0 s of 3.0 s"):
+        command("--queries", table, "--audio", sounds, "--submission", tmp_path / "out.csv")
+    assert not (tmp_path / "out.csv").exists()
