@@ -435,7 +435,7 @@ def paint_curves(axes, logs: Sequence[Log], styles: dict[str, str]) -> None:
                 label = log.run_name
             elif name == "interval":
                 label = log.interval
-                line.set_alpha(0.35)  # the means of epochs stand out
+                line.set_alpha(0.5)  # The means of epochs stand out.
             elif name == "loss":
                 label = "mean of the epoch"
             else:
@@ -535,6 +535,7 @@ def match_item(match, root: Path) -> str:
     """
     name = os.path.relpath(match.path, root)
     part = f"{clock(match.start)} to {clock(match.end)}"
+    label = f"{name}, {part}"
     download = ""
     try:
         mp3 = best_part(match)
@@ -543,8 +544,11 @@ def match_item(match, root: Path) -> str:
     else:
         address = "data:audio/mpeg;base64," + base64.b64encode(mp3).decode()
         file_name = f"{match.path.stem} {clock(match.start).replace(':', '.')}.mp3"
-        sound = player(f"{name}, {part}", f'src="{address}"')
-        download = f' · <a download="{escape(file_name)}" href="{address}">download {part}</a>'
+        sound = player(label, f'src="{address}"')
+        download = (
+            f' · <a download="{escape(file_name)}" aria-label="download {escape(label)}" '
+            f'href="{address}">download</a>'
+        )
     return (
         f'<li><span class="file">{escape(name)}</span> '
         f'<span class="quiet">{part} of {clock(match.seconds)}</span>\n{sound}'
