@@ -5,9 +5,6 @@
     python evaluate.py --split test --ensemble A.pt B.pt          # one row for both together
     python evaluate.py --split test --html page.html              # a page to look at and listen to
     python evaluate.py --dataset my_sounds/ --split val           # what was held out of a folder
-
-N clips, Q captions, each of them a query, D embedding values. Figures are fractions from 0 to 1;
-the table shows them in percent.
 """
 
 import datetime
@@ -28,6 +25,9 @@ from dualenc.errors import InputError, Parser, replacing, run_command
 from dualenc.metrics import METRICS, RESAMPLES, bootstrap, interval, query_metrics, ranks
 from dualenc.model import PRECISIONS, DualEncoder, choose_device, choose_precision
 from dualenc.page import Evaluation, write_evaluation
+
+# Shapes: N clips, Q captions, each of them a query, D embedding values. Figures are fractions from
+# 0 to 1; the table shows them in percent.
 
 # Two sources tell which clips are relevant to a query: the captions themselves, each of which
 # belongs to one clip, and the new annotations, which name several clips. "new" marks the latter.
@@ -144,8 +144,8 @@ def main() -> None:
         models[name] = describe_model(name, split)
         if models[name].seen and not args.allow_seen:
             raise InputError(
-                f"{name}: was trained on {split.name}, on which figures flatter; take another "
-                "--split or --dataset, or --allow-seen, which marks them"
+                f"{name}: was trained on {split.name}, so its figures there would be too good; "
+                "give another --split or --dataset, or --allow-seen, which marks the row"
             )
 
     # --- Embed the split with each model ---
@@ -177,6 +177,7 @@ def main() -> None:
 
     # --- The files ---
     about = {
+        "data set": args.dataset,
         "split": split.name,
         "captions": str(split.source),
         "clips": len(split.clips),
@@ -262,7 +263,7 @@ def read_annotations(path: Path, split: Split) -> dict[int, list[int]]:
 class Model(NamedTuple):
     """What is known of a model before it is loaded."""
 
-    name: str  # as given: a path, or the name of a published checkpoint
+    name: str  # the path or published name that was given
     file: Path
     stage: str
     trained_on: list[str]
@@ -387,7 +388,7 @@ class Group(NamedTuple):
     label: str
     names: list[str]
     means: dict[str, float]
-    deviations: dict[str, float]  # of the sample: divided by the number of rows minus 1
+    deviations: dict[str, float]  # sample standard deviations (the divisor is rows - 1)
 
 
 def group_rows(rows: Sequence[Row]) -> list[Group]:

@@ -18,7 +18,7 @@ MAP_CUTOFFS = (10, 16)
 RECALL_CUTOFFS = (1, 5, 10)
 METRICS = ("mAP@10", "mAP@16", "R@1", "R@5", "R@10")
 BLOCK_BYTES = 16 * 2**20  # similarities in memory at a time
-RESAMPLES = 1000  # of the clips, in a bootstrap
+RESAMPLES = 1000  # draws of the clips in a bootstrap
 INTERVAL_PERCENTILES = (2.5, 97.5)  # the middle 95 %
 
 
@@ -83,7 +83,7 @@ def query_metrics(ranks: Sequence[Tensor]) -> dict[str, Tensor]:
     `ranks` holds, for each query, the ranks of all its relevant candidates, ascending from 1.
 
     Average precision at k (AP@k) is the sum, over the relevant candidates that rank within k, of
-    (their place among the relevant) / rank, divided by the number of all relevant candidates, not
+    (their rank among the relevant) / rank, divided by the number of all relevant candidates, not
     by the smaller of that number and k. Its mean over all queries is mAP@k. R@k is 1 where any
     relevant candidate ranks within k.
 
@@ -96,8 +96,8 @@ def query_metrics(ranks: Sequence[Tensor]) -> dict[str, Tensor]:
     # Padding has a rank beyond every cutoff.
     padding = torch.iinfo(torch.int64).max
     rank = pad_sequence(list(ranks), batch_first=True, padding_value=padding)  # (Q, R)
-    place = torch.arange(1, rank.shape[1] + 1, dtype=torch.float64)  # (R,) among the relevant
-    precision = place / rank  # (Q, R)
+    rank_among_relevant = torch.arange(1, rank.shape[1] + 1, dtype=torch.float64)  # (R,)
+    precision = rank_among_relevant / rank  # (Q, R)
     relevant_count = torch.tensor([len(ranks_of_query) for ranks_of_query in ranks])  # (Q,)
 
     values = {}
