@@ -3,4 +3,5 @@
 from dualenc.errors import InputError
 from dualenc.model import DualEncoder
 
+__version__ = "1.0"
 __all__ = ["DualEncoder", "InputError"]

@@ -226,7 +226,6 @@ PUBLISHED_NAMES = {
     "project_audio.0.": "audio_projection.",  # salsa
     "text_projection.": "text_projection.",  # baseline
     "project_sentence.0.": "text_projection.",  # salsa
-    "tau": "tau",
 }
 # PaSST's classifiers, and parts of salsa that its published model does not use.
 PASSED_OVER = (
@@ -265,6 +264,8 @@ def _from_lightning(saved: dict, path: Path) -> dict:
 
 
 def _our_name(name: str, path: Path) -> str:
+    if name == "tau":
+        return name
     for prefix, our_prefix in PUBLISHED_NAMES.items():
         if name.startswith(prefix):
             return our_prefix + name.removeprefix(prefix)

@@ -6,10 +6,13 @@
 C clips, S segments of all of them, Q captions, L tokens, B pairs, D = 1024 values, n samples.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +25,7 @@ from transformers import RobertaConfig
 from dualenc.audio import CLIP_SAMPLES, AudioTower, crop, to_segments
 from dualenc.checkpoints import load_strictly, published_passt, read_checkpoint
 from dualenc.decoding import (
-    INT16_SCALE, SAMPLE_RATE, AnyPath, load_audio, resample, to_int16,
+    BLOCK_SAMPLES, INT16_SCALE, SAMPLE_RATE, AnyPath, load_audio, resample, to_int16,
 )
 from dualenc.errors import InputError
 from dualenc.text import (
@@ -30,7 +33,8 @@ from dualenc.text import (
     train_bpe,
 )
 
-EMBED_CLIPS, EMBED_CAPTIONS = 8, 64  # at a time, without gradients
+EMBED_CLIPS = 8  # embedded at a time, without gradients
+EMBED_CAPTIONS = 64
 Sound = str | os.PathLike | np.ndarray | Tensor  # a path, or a waveform
 
 
@@ -38,9 +42,9 @@ Sound = str | os.PathLike | np.ndarray | Tensor  # a path, or a waveform
 
 @dataclasses.dataclass(frozen=True)
 class DualEncoderConfig:
-    """The defaults are the report's. Stored in the checkpoint."""
+    """The sizes of a model, stored in its checkpoint; the defaults are the report's."""
 
-    preset: str = "report"  # whose training defaults suit the model
+    preset: str = "report"  # also chooses training's defaults, such as the learning rate
     # PaSST, passt_s_p16_s16_128_ap468: 8 x 62 patches of a 10 s segment
     audio_width: int = 768
     audio_depth: int = 12
@@ -60,8 +64,10 @@ class DualEncoderConfig:
     tau: float = 0.05
 
 
-ROBERTA_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-                 "intermediate_size", "max_position_embeddings")  # by transformers' names
+ROBERTA_SIZES = (  # by transformers' names
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+    "max_position_embeddings",
+)
 PRESETS = {
     "report": DualEncoderConfig(),
     # The same code in small. On a CPU the gradient of patches under 15 frames wide is slow.
@@ -76,51 +82,56 @@ PRESETS = {
 # --- The model (sections 2 and 5) ---
 
 class DualEncoder(nn.Module):
-    """Embeds sounds and sentences in one space, where their cosine says how well they match."""
+    """Sounds and sentences in one space, where their cosine says how well they match."""
 
     def __init__(self, config: DualEncoderConfig, tokenizer: Tokenizer):
         super().__init__()
-        self.config, self.tokenizer = config, tokenizer
+        self.config = config
+        self.tokenizer = tokenizer
         self.trained_on: list[str] = []  # "dataset/split": what the weights, or teachers, have seen
         self.stage = "contrastive"  # or "distilled"
         self.precision: torch.dtype | None = None  # the towers' autocast type; None is float32
-        sizes = config.audio_width, config.audio_depth, config.audio_heads
-        self.audio = AudioTower(*sizes, config.patch, config.patchout)
+        self.audio = AudioTower(
+            config.audio_width, config.audio_depth, config.audio_heads, config.patch,
+            config.patchout,
+        )
+        roberta_sizes = {name: getattr(config, name) for name in ROBERTA_SIZES}
         self.text = TextTower(RobertaConfig(
-            **{name: getattr(config, name) for name in ROBERTA_SIZES}, pad_token_id=PAD_ID,
-            hidden_dropout_prob=config.text_dropout, layer_norm_eps=1e-5, type_vocab_size=1,
+            **roberta_sizes, pad_token_id=PAD_ID, layer_norm_eps=1e-5, type_vocab_size=1,
+            hidden_dropout_prob=config.text_dropout,
             attention_probs_dropout_prob=config.text_dropout,
         ))
         self.audio_projection = nn.Linear(config.audio_width, config.embedding)
         self.text_projection = nn.Linear(config.hidden_size, config.embedding)
-        self.register_buffer("tau", torch.tensor(config.tau))  # fixed, of both losses
+        self.register_buffer("tau", torch.tensor(config.tau))  # fixed, in both losses
 
     def project_segments(self, segments: Tensor) -> Tensor:
-        """(S, 320000) int16 or float -> (S, D), not normalised."""
+        """Embed segments, int16 or float: (S, 320000) -> (S, D), not normalised."""
         with self._autocast():
             features = self.audio(segments)
         return self.audio_projection(features.float())
 
     def encode_audio(self, segments: Tensor, counts: Tensor) -> Tensor:
-        """(S, 320000), (C,) segments of each clip, summing to S -> (C, D) unit norm."""
-        # The baseline averages before the linear head; a mean passes through it unchanged. Unsafe:
-        # that counts sum to S is not checked, for which a GPU would be waited for.
+        """Embed clips: (S, 320000), (C,) segments of each, summing to S -> (C, D) unit norm."""
+        # The baseline averages before its linear head; the mean of a linear map is the same.
         vectors = self.project_segments(segments)
+        # unsafe=True skips the check that counts sum to S, which would force a GPU sync.
         means = torch.segment_reduce(vectors, "mean", lengths=counts, unsafe=True)
         return F.normalize(means, dim=1)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """(Q, L) int64 -> (Q, D) unit norm."""
+        """Embed captions: (Q, L) int64 -> (Q, D) unit norm."""
         with self._autocast():
             features = self.text(tokens)
         return F.normalize(self.text_projection(features.float()), dim=1)
 
     def encode_pairs(self, batch, micro_batch: int | None = None) -> tuple[Tensor, Tensor]:
-        """The audio and the text embeddings (B, D) of the pairs of a data.Batch.
+        """Embed the pairs of a data.Batch: audio (B, D), text (B, D).
 
-        With micro_batch, so many pairs at a time: what backward needs of a piece is computed again,
-        with the same random numbers, when backward reaches it. Memory is that of one piece, and
-        every pair still meets all negatives of the batch (GradCache, Gao et al. 2021).
+        With micro_batch, that many pairs are encoded at a time: what backward needs of a piece is
+        computed again, with the same random numbers, when backward reaches it. Memory is that of
+        one piece, and every pair still meets all negatives of the batch (GradCache, Gao et al.
+        2021).
         """
 
         def encode(segments, counts, clip_rows, tokens) -> tuple[Tensor, Tensor]:
@@ -128,12 +139,12 @@ class DualEncoder(nn.Module):
 
         if micro_batch is None:
             return encode(*batch.inputs(self.device))
-        # Tensors as arguments: among them checkpoint looks for the device whose random state it
-        # keeps. The batch is cut on the CPU: to cut it on a GPU would be to wait for that.
-        pieces = [
-            checkpoint(encode, *piece.inputs(self.device), use_reentrant=False)
-            for piece in batch.pieces(micro_batch)
-        ]
+        pieces = []
+        # The batch is cut up on the CPU, since cutting it on a GPU would force a sync.
+        for piece in batch.pieces(micro_batch):
+            # checkpoint() restores the random state of the device that it finds among its tensor
+            # arguments, so it is given the tensors and not a Batch.
+            pieces.append(checkpoint(encode, *piece.inputs(self.device), use_reentrant=False))
         audio, text = zip(*pieces, strict=True)
         return torch.cat(audio), torch.cat(text)
 
@@ -147,37 +158,56 @@ class DualEncoder(nn.Module):
 
     # --- The two directions, for users: float32, on the CPU, unit norm ---
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed_audio(self, sounds: Sound | Iterable[Sound], rate: int = SAMPLE_RATE) -> Tensor:
-        """Embed sounds, of each its first 30 s: (N, D).
+        """Embed sounds, the first 30 s of each: (N, D), and leave the model's mode as it is.
 
         Args:
-            sounds: paths, or mono waveforms (n,), float in -1..1 or int16; one alone counts as a
-                list of one. Taken one by one, so that a generator (or a progress bar) will do.
-            rate: of waveforms, in Hz. A file that cannot be read is an InputError.
+            sounds: paths, or mono waveforms (n,) or (1, n), float in -1..1 or int16; one alone
+                counts as a list of one. They are taken one by one, so a generator or a progress
+                bar will do.
+            rate: the sample rate of waveforms in Hz; files tell their own.
+
+        Raises:
+            InputError: a file cannot be read, an array is no waveform, or the rate is no whole
+                number above zero.
         """
+        rate = _whole_rate(rate)
         if isinstance(sounds, Sound):
             sounds = [sounds]
-        waveforms, parts = (_waveform(sound, rate) for sound in sounds), []
-        self.eval()  # no dropout, patchout or jitter
-        while batch := list(itertools.islice(waveforms, EMBED_CLIPS)):
-            segments, counts = (tensor.to(self.device) for tensor in to_segments(batch))
-            parts.append(self.encode_audio(segments, counts).cpu())
-        return torch.cat([torch.zeros(0, self.config.embedding), *parts])
+        waveforms = (_waveform(sound, rate) for sound in sounds)
+        embeddings = [torch.zeros(0, self.config.embedding)]
+        with self._evaluating():
+            while batch := list(itertools.islice(waveforms, EMBED_CLIPS)):
+                segments, counts = to_segments(batch)
+                encoded = self.encode_audio(segments.to(self.device), counts.to(self.device))
+                embeddings.append(encoded.cpu())
+        return torch.cat(embeddings)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed_text(self, captions: str | Iterable[str]) -> Tensor:
-        """Embed captions, or one: (Q, D)."""
-        self.eval()
+        """Embed captions, or one alone: (Q, D), and leave the model's mode as it is."""
         captions = [captions] if isinstance(captions, str) else list(captions)
         embeddings = torch.zeros(len(captions), self.config.embedding)
-        # Neighbours of like length need little padding.
+        # Captions of like length stand together, so that they need little padding.
         order = sorted(range(len(captions)), key=lambda i: len(captions[i]))
-        for start in range(0, len(order), EMBED_CAPTIONS):
-            rows = order[start : start + EMBED_CAPTIONS]
-            tokens = tokenize(self.tokenizer, [captions[i] for i in rows])
-            embeddings[rows] = self.encode_text(tokens.to(self.device)).cpu()
+        with self._evaluating():
+            for start in range(0, len(order), EMBED_CAPTIONS):
+                rows = order[start : start + EMBED_CAPTIONS]
+                tokens = tokenize(self.tokenizer, [captions[row] for row in rows])
+                embeddings[rows] = self.encode_text(tokens.to(self.device)).cpu()
         return embeddings
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Switch dropout, patchout and jitter off; afterwards each module has its mode again."""
+        training = [module for module in self.modules() if module.training]
+        self.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
     # --- Making, saving, loading ---
 
@@ -185,55 +215,84 @@ class DualEncoder(nn.Module):
     def create(
         cls, preset: str, init: str, captions: Sequence[str], text_model: str | None = None
     ) -> "DualEncoder":
-        """A new model of the preset "report" or "tiny", with "pretrained" or "random" weights.
+        """Make a new model.
 
-        Of the captions a tokenizer is made where no published one is used. text_model is a
-        RoBERTa's name or folder in place of roberta-large; its sizes are used.
+        Args:
+            preset: "report" or "tiny".
+            init: "pretrained" for the published PaSST and RoBERTa, or "random".
+            captions: a tokenizer is trained on them where no published one is used.
+            text_model: a RoBERTa's name or folder in place of roberta-large; its sizes are used.
+
+        Raises:
+            InputError: published weights cannot be had, or do not fit.
         """
-        config, pretrained = PRESETS[preset], init == "pretrained"
-        passt = published_passt() if pretrained else None
-        text_model = text_model or (ROBERTA if pretrained else None)
-        if text_model:
-            roberta, tokenizer = published_roberta(text_model), load_tokenizer(text_model)
+        config = PRESETS[preset]
+        passt = published_passt() if init == "pretrained" else None
+        if init == "pretrained" and text_model is None:
+            text_model = ROBERTA
+        if text_model is None:
+            tokenizer = train_bpe(captions, config.vocab_size)
+        else:
+            roberta = published_roberta(text_model)
+            tokenizer = load_tokenizer(text_model)
             sizes = {name: getattr(roberta.config, name) for name in ROBERTA_SIZES}
             config = dataclasses.replace(config, **sizes)
-        else:
-            tokenizer = train_bpe(captions, config.vocab_size)
         model = cls(config, tokenizer)
         _scale_to_width(model.audio, PRESETS["report"].audio_width / config.audio_width)
         _scale_to_width(model.text, PRESETS["report"].hidden_size / config.hidden_size)
-        if pretrained:
+        if passt is not None:
             load_strictly(model.audio.passt, passt, "the published PaSST")
             load_strictly(model.text.roberta, roberta.state_dict(), text_model)
         return model
 
     def checkpoint(self) -> dict:
-        """What load() reads when torch.save has written it: plain values and tensors."""
+        """Return what load() reads when torch.save has written it: plain values and tensors."""
         return {
-            "config": dataclasses.asdict(self.config), "tokenizer": self.tokenizer.to_str(),
-            "trained_on": self.trained_on, "stage": self.stage, "model": self.state_dict(),
+            "config": dataclasses.asdict(self.config),
+            "tokenizer": self.tokenizer.to_str(),
+            "trained_on": self.trained_on,
+            "stage": self.stage,
+            "model": self.state_dict(),
         }
 
     @classmethod
     def load(
         cls, path: AnyPath, device: str | torch.device = "cpu", tokenizer: AnyPath | None = None
     ) -> "DualEncoder":
-        """Load best.pt or last.pt of a run, a run's folder, or the DCASE 2025 baseline's .ckpt.
+        """Load a trained model, ready to embed.
 
-        A tokenizer, by name or folder, takes the place of the checkpoint's own; the baseline's file
-        holds none, and roberta-large's is taken.
+        Args:
+            path: best.pt or last.pt of a run, the run's folder, salsa's or the DCASE 2025
+                baseline's .ckpt; or "salsa" or "baseline", which are fetched.
+            device: "cpu", "cuda", "cuda:1"; "auto" is a GPU where there is one.
+            tokenizer: a name or folder, for a checkpoint that holds none, as the two published
+                ones (default roberta-large).
+
+        Raises:
+            InputError: the file or the device cannot be used, or the tokenizer does not fit.
         """
+        device = _usable_device(str(device))
         saved = read_checkpoint(path)
-        if tokenizer or saved["tokenizer"] is None:
-            tokenizer = load_tokenizer(tokenizer or ROBERTA)
-        else:
-            tokenizer = set_truncation(Tokenizer.from_str(saved["tokenizer"]))
         try:
-            model = cls(DualEncoderConfig(**saved["config"]), tokenizer)
+            config = DualEncoderConfig(**saved["config"])
         except TypeError as error:
             raise InputError(f"{path}: is damaged or of another version ({error})") from error
+        if saved["tokenizer"] is not None:
+            tokenizer = set_truncation(Tokenizer.from_str(saved["tokenizer"]))
+        else:
+            source = tokenizer or ROBERTA
+            tokenizer = load_tokenizer(source)
+            entries = tokenizer.get_vocab_size()
+            if entries > config.vocab_size:
+                raise InputError(
+                    f"{source}: its tokenizer has {entries:,} entries, more than the "
+                    f"{config.vocab_size:,} that {path} has embeddings for; give its own with "
+                    "--tokenizer"
+                )
+        model = cls(config, tokenizer)
         load_strictly(model, saved["model"], path)
-        model.trained_on, model.stage = saved["trained_on"], saved["stage"]
+        model.trained_on = saved["trained_on"]
+        model.stage = saved["stage"]
         return model.to(device).eval()
 
 
@@ -244,28 +303,47 @@ def _scale_to_width(tower: nn.Module, ratio: float) -> None:
     Both libraries draw them with a standard deviation of 0.02, whatever the width: a narrow tower's
     first token then hardly depends on the others, and training stands still at first.
     """
-    for parameter in (p for p in tower.parameters() if p.ndim >= 2):
-        parameter.mul_(ratio**0.5)
+    for parameter in tower.parameters():
+        if parameter.ndim >= 2:
+            parameter.mul_(ratio**0.5)
+
+
+def _whole_rate(rate: float) -> int:
+    try:
+        whole = int(rate)
+    except (TypeError, ValueError, OverflowError):
+        whole = 0
+    if whole <= 0 or whole != rate:
+        raise InputError(f"rate {rate!r}: a whole number of Hz above 0 is needed")
+    return whole
 
 
 def _waveform(sound: Sound, rate: int) -> np.ndarray:
-    """A sound as embed_audio takes it -> its first 30 s, (n,) float32.
+    """Read or convert a sound as embed_audio takes it: its first 30 s, (n,) at 32 kHz.
 
     A file passes through int16, as in the cache, so that it has the same embedding as there.
     """
     if isinstance(sound, str | os.PathLike):
-        sound, rate = to_int16(load_audio(sound, CLIP_SAMPLES // SAMPLE_RATE)), SAMPLE_RATE
+        sound = to_int16(load_audio(sound, CLIP_SAMPLES // SAMPLE_RATE))
+        rate = SAMPLE_RATE
+    elif isinstance(sound, Tensor):
+        sound = sound.detach().cpu()
     waveform = np.asarray(sound)
+    if waveform.ndim == 2 and len(waveform) == 1:  # (1, n), as torchaudio gives mono
+        waveform = waveform[0]
     if waveform.ndim != 1 or len(waveform) == 0:
-        raise InputError(f"an array of shape {waveform.shape} is no waveform: (n,) is needed, the "
-                         "mean over channels, or a list of such")
+        raise InputError(
+            f"an array of shape {waveform.shape} is no waveform: (n,) is needed, the mean over "
+            "channels, or a list of such"
+        )
     waveform = waveform[: CLIP_SAMPLES * rate // SAMPLE_RATE]
     if waveform.dtype == np.int16:
         waveform = waveform.astype(np.float32) / INT16_SCALE
     if waveform.dtype.kind != "f" or not np.isfinite(waveform).all():
         raise InputError(f"a waveform of {waveform.dtype}: int16, or finite floats in -1..1 needed")
     waveform = crop(resample(waveform.astype(np.float32), rate))
-    return waveform / max(1.0, np.abs(waveform).max())
+    blocks = np.split(waveform, range(BLOCK_SAMPLES, len(waveform), BLOCK_SAMPLES))
+    return np.concatenate([block / max(1.0, np.abs(block).max()) for block in blocks])
 
 
 # --- Device and precision ---
@@ -274,22 +352,51 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that --device names; "auto" is a GPU where there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":  # each of torchrun's processes has its own
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        device = torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: cannot be used here; try --device cpu") from error
+    """Return the device that --device names and make it the current one.
+
+    "auto" is a GPU where there is one. A device that cannot be used is an InputError.
+    """
+    device = _usable_device(name)
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # of which NCCL and is_bf16_supported speak
+        torch.cuda.set_device(device)  # which NCCL and is_bf16_supported use
     return device
 
 
+def _usable_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu":
+            _explain_unused_gpu()
+    if name == "cuda":
+        # Each of torchrun's processes has a GPU of its own.
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {name}: cannot be used here ({reason}); try cpu") from error
+
+
+def _explain_unused_gpu() -> None:
+    """Pass on torch's reason where a GPU is in the machine and torch cannot use it."""
+    if not list(Path("/dev").glob("nvidia[0-9]*")):
+        return
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        print(f"a GPU is here, but torch cannot use it: {reason}", file=sys.stderr)
+
+
 def choose_precision(name: str, device: torch.device) -> torch.dtype | None:
-    """The towers' autocast type. "auto" is bf16 on a GPU that has it, else fp16; fp32 on a CPU."""
-    if name == "auto" and device.type == "cuda":
+    """Return the towers' autocast type; None is float32.
+
+    "auto" is bf16 on a GPU that computes in it, else fp16; on a CPU it is fp32.
+    """
+    if name == "auto" and device.type != "cuda":
+        name = "fp32"
+    elif name == "auto":
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return PRECISIONS.get(name)
+    elif name == "fp16" and device.type == "cpu":
+        print("fp16 is slow on most CPUs, and less exact: fp32 suits them", file=sys.stderr)
+    return PRECISIONS[name]
