@@ -25,7 +25,7 @@ from transformers import RobertaConfig
 from dualenc.audio import CLIP_SAMPLES, AudioTower, crop, to_segments
 from dualenc.checkpoints import load_strictly, published_passt, read_checkpoint
 from dualenc.decoding import (
-    BLOCK_SAMPLES, INT16_SCALE, SAMPLE_RATE, AnyPath, load_audio, resample, to_int16,
+    INT16_SCALE, SAMPLE_RATE, AnyPath, load_audio, resample, to_int16, within_full_scale,
 )
 from dualenc.errors import InputError
 from dualenc.text import (
@@ -341,9 +341,7 @@ def _waveform(sound: Sound, rate: int) -> np.ndarray:
         waveform = waveform.astype(np.float32) / INT16_SCALE
     if waveform.dtype.kind != "f" or not np.isfinite(waveform).all():
         raise InputError(f"a waveform of {waveform.dtype}: int16, or finite floats in -1..1 needed")
-    waveform = crop(resample(waveform.astype(np.float32), rate))
-    blocks = np.split(waveform, range(BLOCK_SAMPLES, len(waveform), BLOCK_SAMPLES))
-    return np.concatenate([block / max(1.0, np.abs(block).max()) for block in blocks])
+    return within_full_scale(crop(resample(waveform.astype(np.float32), rate)))
 
 
 # --- Device and precision ---

@@ -1,13 +1,7 @@
-"""The dual encoder as its users call it; its towers and the baseline's file by a second route."""
+"""The dual encoder as its users call it; the sizes of the report's; devices and precisions."""
 
-import dataclasses
-import os
-import string
-import sys
-import time
 import types
 from pathlib import Path
-from unittest import mock
 
 import huggingface_hub
 import numpy as np
@@ -17,268 +11,325 @@ import torch
 from conftest import CAPTIONS, noise, write_wav
 from hear21passt.models.passt import PaSST
 from hear21passt.models.preprocess import AugmentMelSTFT
-from torch.nn.functional import normalize
-from transformers import RobertaConfig, RobertaModel, RobertaTokenizer
+from torch import nn
+from transformers import RobertaConfig, RobertaModel
 
-from dualenc import DualEncoder, text
+import dualenc
+from dualenc import DualEncoder, InputError, text
 from dualenc.audio import AudioTower
-from dualenc.checkpoints import newest_checkpoint, published_passt
-from dualenc.decoding import resample
-from dualenc.errors import InputError
+from dualenc.decoding import INT16_SCALE, resample
 from dualenc.model import PRESETS, choose_device, choose_precision
 
-pytestmark = pytest.mark.filterwarnings("ignore:stft with return", "ignore:.*autocast")  # theirs
-SIZES = dict(vocab_size=400, hidden_size=64, num_hidden_layers=2, num_attention_heads=1,
-             intermediate_size=256)
 REPORT = PRESETS["report"]
-SMALL = dataclasses.replace(REPORT, audio_width=128, audio_depth=2, audio_heads=2, **SIZES)
-SENTENCES = ["A dog barks, twice; then it's quiet.", "Rain!", "Café – “quiet” 🐕", "...",
-             "Birds sing while " + "a very long train " * 12 + "passes by"]
 
+
+# --- The report's sizes ---
+
+def parameters(module: nn.Module) -> int:
+    return sum(weights.numel() for weights in module.parameters())
+
+
+def report_tower(depth: int) -> AudioTower:
+    return AudioTower(
+        REPORT.audio_width, depth, REPORT.audio_heads, REPORT.patch, REPORT.patchout
+    )
+
+
+def test_passt_has_the_reports_86_2_million_parameters():
+    one_layer = parameters(report_tower(1))
+    layer = parameters(report_tower(2)) - one_layer
+    # The classifiers, which are not used here: two linear maps to 527 classes and a LayerNorm.
+    classifiers = 2 * (768 * 527 + 527) + 2 * 768
+    assert one_layer + (REPORT.audio_depth - 1) * layer + classifiers == 86_122_270
+
+
+def test_roberta_has_the_reports_354_million_parameters(monkeypatch):
+    monkeypatch.setattr("dualenc.model.AudioTower", nn.Identity)
+    with torch.device("meta"):
+        model = DualEncoder(REPORT, None)
+    assert round(parameters(model.text) / 1e6) == 354
+
+
+def test_the_shared_space_has_the_baselines_width_and_temperature():
+    assert (REPORT.embedding, REPORT.tau) == (1024, 0.05)
+
+
+# --- The audio tower beside hear21passt's own parts ---
 
 @pytest.fixture(scope="module")
-def theirs():
-    """The parts of the official baseline, small."""
+def hear21passt_parts():
+    """A small PaSST and its log-mel, as the baseline makes them."""
     torch.manual_seed(0)
     mel = AugmentMelSTFT(freqm=0, timem=0, fmin_aug_range=10, fmax_aug_range=2000)
-    passt = PaSST(img_size=(128, 1000), patch_size=16, stride=16, embed_dim=128, depth=2,
-                  num_heads=2, distilled=True, s_patchout_t=15, s_patchout_f=2)
-    config = RobertaConfig(**SIZES, max_position_embeddings=514, type_vocab_size=1)
-    roberta = RobertaModel(config, add_pooling_layer=False)
-    heads = dict(audio=torch.nn.Linear(128, 1024), text=torch.nn.Linear(64, 1024))
-    parts = dict(mel=mel.eval(), passt=passt.eval(), roberta=roberta.eval(), **heads)
-    return types.SimpleNamespace(**parts)
-
-
-@pytest.fixture(scope="module")
-def roberta(theirs, tmp_path_factory):
-    """A folder as save_pretrained writes it."""
-    folder = tmp_path_factory.mktemp("roberta")
-    tokenizer = DualEncoder.create("tiny", "random", SENTENCES).tokenizer
-    for part in (theirs.roberta, RobertaTokenizer(tokenizer_object=tokenizer)):
-        part.save_pretrained(folder)
-    return folder
-
-
-# --- Second routes ---
-
-def baseline_weights(theirs) -> dict[str, torch.Tensor]:
-    """The weights of a baseline's file, by the names that stand there."""
-    parts = {"audio_embedding_model.model.model": theirs.passt, "audio_projection": theirs.audio,
-             "text_embedding_model._orig_mod": theirs.roberta, "text_projection": theirs.text}
-    weights = {f"{p}.{n}": w for p, part in parts.items() for n, w in part.state_dict().items()}
-    return weights | {"tau": torch.tensor([-0.07])}
+    passt = PaSST(
+        img_size=(128, 1000), patch_size=16, stride=16, embed_dim=128, depth=2, num_heads=2,
+        distilled=True, s_patchout_t=15, s_patchout_f=2,
+    )
+    return mel, passt
 
 
 @torch.no_grad()
-def by_the_baseline(theirs, sounds, sentences, tokenizer):
-    """Clips padded to three segments, those without sound left out; words padded to 32 tokens."""
-    padded = np.concatenate([np.pad(sound, (0, 960_000 - len(sound))) for sound in sounds])
-    mel = theirs.mel(torch.from_numpy(padded).view(-1, 320_000))[:, None]
-    features = zip(theirs.passt(mel)[1].split(3), sounds, strict=True)
-    means = [each[: -(-len(sound) // 320_000)].mean(0) for each, sound in features]
-    plain = [s.lower().translate(str.maketrans("", "", string.punctuation)) for s in sentences]
-    full = dict(padding="max_length", truncation=True, max_length=32, return_tensors="pt")
-    words = theirs.roberta(**tokenizer(plain, **full))[0][:, 0]
-    audio, words = theirs.audio(torch.stack(means)), theirs.text(words)
-    return normalize(audio, dim=1), normalize(words, dim=1)
-
-
-def test_the_baselines_checkpoint_embeds_as_the_baseline_does(
-    theirs, roberta, tmp_path, monkeypatch, capfd
+@pytest.mark.parametrize("training, tokens", [(True, 2 + 6 * 47), (False, 2 + 8 * 62)])
+@pytest.mark.filterwarnings("ignore:stft with return", "ignore:.*autocast")  # hear21passt's
+def test_the_tower_equals_hear21passts_with_jitter_and_patchout(
+    hear21passt_parts, training, tokens
 ):
-    monkeypatch.setitem(PRESETS, "report", SMALL)
-    module = types.ModuleType("lightning_data")  # gone when the file is read
-    module.Settings = type("Settings", (dict,), {"__module__": module.__name__})
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    settings = module.Settings(audiocaps=True, wavcaps=False)
-    settings.strategy = module.Settings()
-    saved = {"state_dict": baseline_weights(theirs), "hyper_parameters": settings}
-    torch.save(saved, tmp_path / "baseline.ckpt")
-    monkeypatch.delitem(sys.modules, module.__name__)
-
-    capfd.readouterr()
-    model = DualEncoder.load(tmp_path / "baseline.ckpt", tokenizer=roberta)
-    assert model.trained_on == ["clotho/development", "audiocaps/train"]
-    assert model.tau.item() == pytest.approx(0.07)  # the baseline divides by the absolute value
-    sounds = [noise(seconds, 1) for seconds in (4, 10, 13.7, 24.03)]
-    audio, words = model.embed_audio(sounds), model.embed_text(SENTENCES)
-    assert capfd.readouterr() == ("", "")
-    tokenizer = RobertaTokenizer.from_pretrained(roberta)
-    wanted = by_the_baseline(theirs, sounds, SENTENCES, tokenizer)
-    torch.testing.assert_close((audio, words), wanted, rtol=0, atol=1e-5)
-
-
-def test_a_baseline_file_without_hyperparameters_counts_as_trained_on_audiocaps(
-    theirs, roberta, tmp_path, monkeypatch
-):
-    monkeypatch.setitem(PRESETS, "report", SMALL)
-    torch.save({"state_dict": baseline_weights(theirs)}, tmp_path / "baseline.ckpt")
-    model = DualEncoder.load(tmp_path / "baseline.ckpt", tokenizer=roberta)
-    assert "audiocaps/train" in model.trained_on
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_passt_equals_hear21passts_with_jitter_and_patchout(training, theirs):
+    mel, passt = (part.train(training) for part in hear21passt_parts)
     tower = AudioTower(128, 2, 2, REPORT.patch, REPORT.patchout).train(training)
-    weights = theirs.passt.state_dict().items()
-    tower.passt.load_state_dict({n: w for n, w in weights if not n.startswith("head")})
-    lengths = set()
-    tower.passt.blocks[0].register_forward_hook(lambda *call: lengths.add(call[2].shape[1]))
+    weights = passt.state_dict()
+    tower.passt.load_state_dict({n: w for n, w in weights.items() if not n.startswith("head")})
+    token_counts = set()
+    tower.passt.blocks[0].register_forward_hook(
+        lambda block, inputs, output: token_counts.add(output.shape[1])
+    )
     segments = torch.randint(-3000, 3000, (2, 320_000), dtype=torch.int16)
-    with torch.no_grad():
-        torch.manual_seed(1)
-        mel = theirs.mel.train(training)(segments / 32_768)
-        wanted = theirs.passt.train(training)(mel[:, None])[1]
-        torch.manual_seed(1)
-        torch.testing.assert_close(tower(segments), wanted, rtol=0, atol=1e-5)
-        torch.manual_seed(1)
-        torch.testing.assert_close(tower.mel(segments / 32_768), mel, rtol=0, atol=1e-4)
-    assert lengths == {2 + 6 * 47 if training else 2 + 8 * 62}
-    theirs.passt.eval(), theirs.mel.eval()
+    torch.manual_seed(1)
+    log_mel = mel(segments / INT16_SCALE)
+    _, features = passt(log_mel[:, None])
+    torch.manual_seed(1)
+    torch.testing.assert_close(tower(segments), features, rtol=0, atol=1e-5)
+    torch.manual_seed(1)
+    torch.testing.assert_close(tower.mel(segments / INT16_SCALE), log_mel, rtol=0, atol=1e-4)
+    assert token_counts == {tokens}
 
 
-def test_the_report_preset_has_the_reports_sizes():
-    sizes = REPORT.audio_heads, REPORT.patch, REPORT.patchout
-    one, two = (AudioTower(REPORT.audio_width, n, *sizes).state_dict() for n in (1, 2))
-    layer, rest = (sum(w.numel() for n, w in two.items() if (n in one) is x) for x in (False, True))
-    classifiers = 2 * (768 * 527 + 527) + 2 * 768  # two linear ones, a LayerNorm: not used here
-    assert rest + (REPORT.audio_depth - 1) * layer + classifiers == 86_122_270
-    with torch.device("meta"), mock.patch("dualenc.model.AudioTower", torch.nn.Identity):
-        words = sum(p.numel() for p in DualEncoder(REPORT, None).text.parameters())
-    assert round(words / 1e6) == 354 and (REPORT.embedding, REPORT.tau) == (1024, 0.05)
+# --- What a user gives, and gets ---
+
+def test_paths_arrays_and_tensors_of_one_sound_embed_alike(tiny_model, tmp_path):
+    int16 = (noise(2) * INT16_SCALE).astype(np.int16)
+    path = write_wav(tmp_path / "a.wav", int16 / INT16_SCALE)
+    tensor = torch.from_numpy(int16 / INT16_SCALE)
+    one, *others = tiny_model.embed_audio([path, str(path), int16, tensor, tensor[None]])
+    for other in others:
+        torch.testing.assert_close(other, one, rtol=0, atol=1e-5)
 
 
-# --- Published weights ---
-
-def test_published_weights_are_found_offline(theirs, roberta, tmp_path, monkeypatch, capfd):
-    monkeypatch.setitem(PRESETS, "report", SMALL)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    place = tmp_path / "hub/checkpoints/passt-s-f128-p16-s16-ap.468.pt"
-    place.parent.mkdir(parents=True)
-    torch.save(theirs.passt.state_dict(), place)
-    capfd.readouterr()
-    model = DualEncoder.create("report", "pretrained", [], str(roberta))
-    assert capfd.readouterr() == ("", "")
-    for ours, other in ((model.audio.passt, theirs.passt), (model.text.roberta, theirs.roberta)):
-        for name, weights in ours.state_dict().items():
-            assert torch.equal(weights, other.state_dict()[name]), name
+def test_one_sound_alone_is_a_list_of_one(tiny_model, tmp_path):
+    sound = noise(2)
+    path = write_wav(tmp_path / "a.wav", sound)
+    for alone in (path, str(path), sound, torch.from_numpy(sound)):
+        assert torch.equal(tiny_model.embed_audio(alone), tiny_model.embed_audio([alone]))
 
 
-def test_what_cannot_be_reached_is_said_in_one_line_in_seconds(tmp_path, monkeypatch):
-    fresh = types.ModuleType("fresh")  # it remembers whether the hub answers
-    exec(Path(text.__file__).read_text(), vars(fresh))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nothing listens
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    huggingface_hub.close_session()
-    begin = time.monotonic()
-    for load, way in ((fresh.load_tokenizer, "--tokenizer"), (fresh.published_roberta, "tiny")):
-        with pytest.raises(InputError, match=f"^no-such: cannot be fetched .*{way}.*$"):
-            load("no-such")
-    with pytest.raises(InputError, match=f"^PaSST.*{tmp_path}/hub/checkpoints.*--init random$"):
-        published_passt()
-    assert time.monotonic() - begin < 5
+def test_a_waveform_of_shape_1_n_is_that_waveform(tiny_model):
+    sound = noise(2)
+    assert torch.equal(tiny_model.embed_audio(sound[None]), tiny_model.embed_audio([sound]))
 
 
-def test_other_models_and_tokenizers_are_refused(theirs, tmp_path):
-    some = {n: w for n, w in theirs.roberta.state_dict().items() if "layer.1" not in n}
-    theirs.roberta.save_pretrained(tmp_path, state_dict=some)
-    with pytest.raises(InputError, match=f"^{tmp_path}: is no RoBERTa: lacks encoder.layer.1"):
-        text.published_roberta(str(tmp_path))
-    with pytest.raises(InputError, match="not RoBERTa's"):
-        text.set_truncation(tokenizers.Tokenizer(tokenizers.models.BPE()))
+def test_a_generator_of_more_sounds_than_are_embedded_at_a_time_keeps_their_order(tiny_model):
+    sounds = [noise(1 + i / 4, seed=i) for i in range(10)]
+    alone = torch.cat([tiny_model.embed_audio(sound) for sound in sounds])
+    together = tiny_model.embed_audio(sound for sound in sounds)
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
-# --- Python, as users write it ---
-
-def test_one_alone_is_a_list_of_one_and_generators_are_taken(tiny_model, tmp_path):
-    sound = (noise(2) * 32_768).astype(np.int16)
-    path, floats = write_wav(tmp_path / "a.wav", sound / 32_768), torch.from_numpy(sound / 32_768)
-    embedded = tiny_model.train().embed_audio(each for each in (path, sound, floats))
-    assert embedded.shape == (3, 1024) and embedded.dtype == torch.float32
-    torch.testing.assert_close(embedded.norm(dim=1), torch.ones(3))
-    for alone in (path, str(path), sound, floats):
-        one = tiny_model.embed_audio(alone)
-        torch.testing.assert_close(one.expand(3, -1), embedded, rtol=0, atol=1e-5)
-    words = tiny_model.train().embed_text(line for line in SENTENCES * 30)  # several batches
-    alone = torch.cat([tiny_model.embed_text(sentence) for sentence in SENTENCES])
-    torch.testing.assert_close(words, alone.repeat(30, 1), rtol=0, atol=1e-5)
-    assert tiny_model.embed_text([]).shape == tiny_model.embed_audio([]).shape == (0, 1024)
+def test_captions_of_any_length_keep_their_order(tiny_model):
+    captions = [" ".join(["bark rain sing"] * (i % 7)) + f" {i}" for i in range(80)]
+    alone = torch.cat([tiny_model.embed_text(caption) for caption in captions])
+    together = tiny_model.embed_text(caption for caption in captions)
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
-def test_waveforms_of_another_rate_are_resampled_and_the_first_30_s_count(tiny_model):
-    sound = np.repeat(noise(31, rate=11_025), 4)  # at 44.1 kHz: soft above 5.5 kHz
-    whole, start = tiny_model.embed_audio([sound, sound[: 30 * 44_100]], rate=44_100)
-    same, other = tiny_model.embed_audio([resample(sound, 44_100), sound])
-    assert whole @ start > 0.99999 and whole @ same > 0.99999 and whole @ other < 0.99
-    loud, full = tiny_model.embed_audio([99 * sound, sound / np.abs(sound).max()])
-    assert loud @ full > 0.99999
+def test_nothing_embeds_as_no_rows(tiny_model):
+    assert tiny_model.embed_text([]).shape == (0, 1024)
+    assert tiny_model.embed_audio([]).shape == (0, 1024)
 
 
-@pytest.mark.parametrize("shape", [(100, 2), (2, 100), (0,), ()])
+def test_silence_and_an_empty_caption_have_embeddings_of_unit_norm(tiny_model):
+    embeddings = torch.cat([tiny_model.embed_audio(np.zeros(1)), tiny_model.embed_text("...")])
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(2))
+
+
+def test_embeddings_are_ordinary_tensors(tiny_model):
+    for embeddings in (tiny_model.embed_audio([noise(1)] * 2), tiny_model.embed_text(CAPTIONS)):
+        assert embeddings.dtype == torch.float32
+        assert not embeddings.requires_grad
+        embeddings += 1
+        probe = nn.Linear(1024, 2)
+        probe(embeddings).sum().backward()  # refused where they are inference tensors
+        torch.testing.assert_close(probe.weight.grad[0], embeddings.sum(dim=0))
+
+
+# --- The model's mode ---
+
+def test_embedding_is_without_dropout_patchout_and_jitter(tiny_model):
+    expected = tiny_model.embed_audio(noise(3)), tiny_model.embed_text(CAPTIONS)
+    tiny_model.train()
+    for _ in range(2):
+        assert torch.equal(tiny_model.embed_audio(noise(3)), expected[0])
+        assert torch.equal(tiny_model.embed_text(CAPTIONS), expected[1])
+    tiny_model.eval()
+
+
+def test_each_module_keeps_the_mode_it_was_found_in(tiny_model):
+    tiny_model.train()
+    tiny_model.audio.eval()  # a frozen tower
+    modes = [module.training for module in tiny_model.modules()]
+    tiny_model.embed_text(CAPTIONS)
+    assert [module.training for module in tiny_model.modules()] == modes
+    tiny_model.embed_audio(noise(1))
+    assert [module.training for module in tiny_model.modules()] == modes
+    with pytest.raises(InputError):
+        tiny_model.embed_audio("none.wav")
+    assert [module.training for module in tiny_model.modules()] == modes
+    tiny_model.eval()
+    tiny_model.embed_text(CAPTIONS)
+    assert not tiny_model.training
+
+
+# --- Rates, lengths and levels ---
+
+def test_waveforms_of_another_rate_are_resampled(tiny_model):
+    sound = np.repeat(noise(5, rate=11_025), 4)  # at 44.1 kHz: soft above 5.5 kHz
+    resampled = tiny_model.embed_audio(sound, rate=44_100)
+    expected = tiny_model.embed_audio(resample(sound, 44_100))
+    not_resampled = tiny_model.embed_audio(sound)
+    torch.testing.assert_close(resampled, expected, rtol=0, atol=1e-5)
+    assert (resampled @ not_resampled.T).item() < 0.99
+
+
+def test_the_first_30_s_count_at_any_rate(tiny_model):
+    for rate in (16_000, 32_000, 44_100):
+        sound = noise(31, rate=rate)
+        whole, start = tiny_model.embed_audio([sound, sound[: 30 * rate]], rate=rate)
+        torch.testing.assert_close(whole, start, rtol=0, atol=1e-5)
+
+
+def test_each_block_above_full_scale_is_divided_by_its_own_peak(tiny_model):
+    quiet = noise(5, seed=1)
+    loud = 99 * noise(10, seed=2)
+    expected = np.concatenate([loud / np.abs(loud).max(), quiet])
+    embeddings = tiny_model.embed_audio([np.concatenate([loud, quiet]), expected])
+    torch.testing.assert_close(embeddings[0], embeddings[1], rtol=0, atol=1e-5)
+
+
+def test_a_whole_rate_of_any_type_is_a_rate(tiny_model):
+    sound = noise(1)
+    expected = tiny_model.embed_audio(sound, rate=44_100)
+    for rate in (44_100.0, np.int64(44_100), np.float32(44_100), torch.tensor(44_100)):
+        assert torch.equal(tiny_model.embed_audio(sound, rate=rate), expected)
+
+
+@pytest.mark.parametrize("rate", [0, -1, 44_100.5, float("nan"), float("inf"), "44100", None])
+def test_a_rate_that_is_no_positive_number_is_refused(tiny_model, rate):
+    with pytest.raises(InputError, match="^rate .*: a whole number of Hz above 0 is needed$"):
+        tiny_model.embed_audio(noise(1), rate=rate)
+
+
+@pytest.mark.parametrize("shape", [(100, 2), (2, 100), (1, 0), (0,), ()])
 def test_what_is_no_waveform_is_refused_with_what_is_wanted(tiny_model, shape):
     for sound in (np.zeros(shape, np.float32), torch.zeros(shape), [np.zeros(shape, np.int16)]):
         with pytest.raises(InputError, match=r"shape \(.*\).* \(n,\) is needed"):
             tiny_model.embed_audio(sound)
-    with pytest.raises(InputError, match="finite floats"):
-        tiny_model.embed_audio(np.array([0, np.nan]))
-    silence = tiny_model.embed_audio(np.zeros(1)), tiny_model.embed_text("...")
-    torch.testing.assert_close(torch.cat(silence).norm(dim=1), torch.ones(2))
 
 
-# --- Checkpoints, device, precision ---
-
-def test_a_checkpoint_needs_nothing_else(tiny_model, tmp_path, roberta):
-    best = tmp_path / "run" / "best.pt"
-    best.parent.mkdir()
-    torch.save(tiny_model.checkpoint(), best)
-    for path in (tmp_path / "run", str(best)):
-        loaded = DualEncoder.load(path)
-        assert loaded.config == tiny_model.config and not loaded.training
-        assert torch.equal(loaded.embed_audio(noise(1)), tiny_model.embed_audio(noise(1)))
-        assert torch.equal(loaded.embed_text(CAPTIONS), tiny_model.embed_text(CAPTIONS))
-    assert newest_checkpoint(tmp_path) == best and os.listdir(tmp_path / "run") == ["best.pt"]
-    loaded = DualEncoder.load(path, tokenizer=roberta)
-    assert loaded.tokenizer.to_str() == text.load_tokenizer(roberta).to_str()
-    trained_on = ["mine@1/all", "audiocaps/train", "clotho/x"]
-    loaded.trained_on, loaded.stage = trained_on, "distilled"
-    torch.save(loaded.checkpoint(), best)
-    loaded = DualEncoder.load(best)
-    assert (loaded.trained_on, loaded.stage) == (trained_on, "distilled")
+@pytest.mark.parametrize("sound", [np.array([0, np.nan]), np.array([0.0, np.inf]), np.arange(9)])
+def test_samples_that_are_not_finite_floats_or_int16_are_refused(tiny_model, sound):
+    with pytest.raises(InputError, match="int16, or finite floats"):
+        tiny_model.embed_audio(sound)
 
 
-def test_no_checkpoint_is_said_and_nothing_in_it_is_executed(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    attack = type("Attack", (), {"__reduce__": lambda self: (os.mkdir, ("executed",))})()
-    good = tiny_model.checkpoint()
-    for content, reason in (
-        ([attack], "no checkpoint"), ([1, 2], "no checkpoint"),
-        ({"state_dict": {"scale": 1}}, "scale"),
-        (good | {"model": {}}, "Missing key"),
-        (good | {"config": good["config"] | {"depth": 2}}, "depth"),
-        (good | {"config": good["config"] | {"audio_width": 48}}, "size mismatch"),
-    ):
-        torch.save(content, "a.pt")
-        with pytest.raises(InputError, match=f"^a.pt: .*{reason}.*$"):
-            DualEncoder.load("a.pt")
-    os.truncate("a.pt", 9999)
-    for line in ("a.pt: is damaged.*", "none.pt: no such checkpoint file"):
-        with pytest.raises(InputError, match=f"^{line}$"):
-            DualEncoder.load(line.partition(":")[0])
-    assert os.listdir() == ["a.pt"]
+# --- Published weights that cannot be had ---
+
+def test_a_hub_that_cannot_be_reached_is_said_in_one_line_in_seconds(monkeypatch):
+    fresh = types.ModuleType("fresh")  # The module remembers whether the hub answers.
+    exec(Path(text.__file__).read_text(), vars(fresh))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nothing listens
+    huggingface_hub.close_session()
+    for load, remedy in ((fresh.load_tokenizer, "--tokenizer"), (fresh.published_roberta, "tiny")):
+        with pytest.raises(InputError, match=f"^no-such: cannot be fetched .*{remedy}.*$"):
+            load("no-such")
 
 
-def test_device_and_precision(tiny_model, monkeypatch):
-    cpu, cuda, half = choose_device("cpu"), torch.device("cuda"), [torch.bfloat16, torch.float16]
-    with pytest.raises(InputError, match="--device cuda:99: cannot be used here"):
-        choose_device("cuda:99")
-    names = "auto", "fp32", "bf16", "fp16"
-    assert [choose_precision(name, cpu) for name in names] == [None, None, *half]
-    for has in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has, **options: has)
-        assert choose_precision("auto", cuda) == half[not has]
+def test_a_roberta_that_lacks_weights_is_refused(tmp_path):
+    config = RobertaConfig(
+        vocab_size=400, hidden_size=64, num_hidden_layers=2, num_attention_heads=1,
+        intermediate_size=256,
+    )
+    roberta = RobertaModel(config, add_pooling_layer=False)
+    weights = roberta.state_dict()
+    some = {name: weights[name] for name in weights if "layer.1" not in name}
+    roberta.save_pretrained(tmp_path, state_dict=some)
+    with pytest.raises(InputError, match=f"^{tmp_path}: is no RoBERTa: lacks encoder.layer.1"):
+        text.published_roberta(str(tmp_path))
+
+
+def test_a_tokenizer_that_is_not_robertas_is_refused():
+    with pytest.raises(InputError, match="not RoBERTa's"):
+        text.set_truncation(tokenizers.Tokenizer(tokenizers.models.BPE()))
+
+
+# --- Device and precision ---
+
+def test_a_device_that_is_not_there_is_refused(tiny_model, tmp_path):
+    torch.save(tiny_model.checkpoint(), tmp_path / "best.pt")
+    for use in (choose_device, lambda name: DualEncoder.load(tmp_path, device=name)):
+        for name in ("cuda:99", "nonsense"):
+            with pytest.raises(InputError, match=f"^device {name}: cannot be used here .*try cpu$"):
+                use(name)
+
+
+def test_auto_is_the_cpu_where_there_is_no_gpu(tiny_model, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: [])
+    torch.save(tiny_model.checkpoint(), tmp_path / "best.pt")
+    capfd.readouterr()
+    assert DualEncoder.load(tmp_path, device="auto").device == torch.device("cpu")
+    assert capfd.readouterr().err == ""
+
+
+def test_auto_passes_on_why_a_gpu_that_is_there_is_not_used(monkeypatch, capfd):
+    def too_old():
+        raise RuntimeError("The NVIDIA driver on your system is too old\nmore lines")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", too_old)
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: [folder / "nvidia0"])
+    assert choose_device("auto") == torch.device("cpu")
+    assert capfd.readouterr().err == (
+        "a GPU is here, but torch cannot use it: The NVIDIA driver on your system is too old\n"
+    )
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("auto", None), ("fp32", None), ("bf16", torch.bfloat16), ("fp16", torch.float16),
+])
+def test_a_cpu_computes_in_fp32_unless_told_otherwise(name, expected):
+    assert choose_precision(name, torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize("computes_bf16, expected", [
+    (True, torch.bfloat16), (False, torch.float16),
+])
+def test_a_gpu_computes_in_bf16_where_it_can_without_emulation(
+    monkeypatch, computes_bf16, expected
+):
+    def is_supported(including_emulation=True):  # torch's, on a GPU that emulates it or has it
+        return computes_bf16 or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
+    assert choose_precision("auto", torch.device("cuda")) == expected
+
+
+def test_fp16_on_a_cpu_is_said_to_be_slow(capfd):
+    choose_precision("fp16", torch.device("cuda"))
+    choose_precision("bf16", torch.device("cpu"))
+    assert capfd.readouterr().err == ""
+    choose_precision("fp16", torch.device("cpu"))
+    assert "fp16 is slow on most CPUs" in capfd.readouterr().err
+
+
+def test_the_towers_compute_in_the_models_precision(tiny_model, monkeypatch):
     exact = tiny_model.embed_audio(noise(1))
     monkeypatch.setattr(tiny_model, "precision", torch.bfloat16)
     near = tiny_model.embed_audio(noise(1))
-    assert (exact @ near.T).item() > 0.99 and not torch.equal(exact, near)
+    assert (exact @ near.T).item() > 0.99
+    assert not torch.equal(exact, near)
+
+
+# --- The package ---
+
+def test_the_package_says_its_version_and_that_it_has_types():
+    assert dualenc.__version__[0].isdigit()
+    assert Path(dualenc.__file__).with_name("py.typed").exists()
