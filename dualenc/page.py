@@ -28,7 +28,7 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from dualenc.decoding import BLOCK_SECONDS, encode_mp3, load_audio, stream_audio
+from dualenc.decoding import encode_mp3, load_audio, load_excerpt
 from dualenc.errors import InputError, printable, replacing
 from dualenc.metrics import ranks
 
@@ -481,12 +481,6 @@ SCORES = {
 }
 
 
-def load_excerpt(path, start: float, seconds: float, file_seconds: float) -> np.ndarray:
-    blocks = stream_audio(path)
-    block = next(itertools.islice(blocks, int(start) // BLOCK_SECONDS, None), np.zeros(0))
-    return block[: round(seconds * 32_000)]
-
-
 def search_page(index, top: int, by: str, sentence: str) -> str:
     """Return the page with a text field, and below it the files that match the sentence best.
 
@@ -559,10 +553,8 @@ def match_item(match, root: Path) -> str:
 
 def best_part(match) -> bytes:
     """Return the part of a file that matches best, as mp3; InputError where it is not there."""
-    waveform = load_excerpt(match.path, match.start, match.end - match.start, match.seconds)
-    if len(waveform) == 0:
-        raise InputError(f"{match.path}: does not reach to {clock(match.start)} any more")
-    return encode_mp3(waveform)
+    seconds = match.end - match.start
+    return encode_mp3(load_excerpt(match.path, match.start, seconds, match.seconds))
 
 
 class Handler(BaseHTTPRequestHandler):
