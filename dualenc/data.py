@@ -37,7 +37,7 @@ from dualenc.errors import InputError, Parser, printable, run_command
 from dualenc.text import tokenize
 
 PARTS = ("train", "val", "test")
-HELD_OUT_SHARE = 0.1  # of a folder's clips
+HELD_OUT_SHARE = 0.1  # a tenth of a folder's clips
 MIN_HELD_OUT = 10  # clips, where a folder has at least twenty
 
 
@@ -276,7 +276,7 @@ def match_with_disk(
 # --- Clotho ---
 
 def read_clotho(part: str, data_dir: Path) -> Split:
-    """Read a split of Clotho: one row a clip, with five captions."""
+    """Read a split of Clotho (section 3): each row of its csv is a clip with five captions."""
     layout = find_layout("clotho", part, data_dir)
     captions = read_captions(layout.table)
     sounds = sounds_by_name(layout.sounds)
@@ -314,7 +314,7 @@ AUDIOCAPS_STEMS = (
     "{youtube_id}_{start_time}", "{youtube_id}_{start_time}_{end_time}", "Y{youtube_id}",
     "{youtube_id}", "{audiocap_id}",
 )
-AUDIOCAPS_SECONDS = 10  # of each excerpt of a video
+AUDIOCAPS_SECONDS = 10  # length of each clip, an excerpt of a video
 AUDIOCAPS_HINT = (
     " (AudioCaps 2.0's dataset2.0/train.csv of github.com/cdjkim/audiocaps had three rows broken "
     "over two lines until October 2025: fetch it again)"
@@ -322,7 +322,10 @@ AUDIOCAPS_HINT = (
 
 
 def read_audiocaps(part: str, data_dir: Path) -> Split:
-    """Read a split of AudioCaps: one row a caption; a clip has one for training, or five."""
+    """Read a split of AudioCaps (section 3): each row of its csv is one caption of a clip.
+
+    A clip of the training split has one caption, one of the other two has five.
+    """
     layout = find_layout("audiocaps", part, data_dir)
     rows_of_clip = defaultdict(list)
     for row in read_audiocaps_rows(layout.table):
@@ -659,15 +662,15 @@ def sounds_without_captions(folder: Path) -> Split:
 def check_split(split: Split) -> int:
     """Read all sounds of a split, print its faults by kind, and return their number."""
     print(dataclasses.replace(split, missing=[]))  # The missing files are listed below.
-    faults = defaultdict(list)  # {kind: a line for each fault}
+    faults = defaultdict(list)  # {headline of a kind of fault: a line for each}
     faults["missing"] += split.missing
     bar = tqdm(split.clips, f"reading {split.name}", leave=False, disable=None)
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
         results = pool.map(fault_of_sound, [clip.path for clip in split.clips])
-        for clip, (kind, sentence) in zip(bar, results, strict=True):
-            if kind:
-                faults[kind].append(f"{clip.name}: {sentence}" if sentence else clip.name)
+        for clip, (headline, sentence) in zip(bar, results, strict=True):
+            if headline:
+                faults[headline].append(f"{clip.name}: {sentence}" if sentence else clip.name)
     finally:
         pool.shutdown(cancel_futures=True)  # After Ctrl-C no further sound is begun.
     fault_count = print_faults(faults)
@@ -678,7 +681,7 @@ def check_split(split: Split) -> int:
 
 
 def fault_of_sound(path: Path) -> tuple[str, str]:
-    """Return a sound's fault as its kind and a sentence; both are empty where there is none."""
+    """Return a headline and a sentence of what is wrong with a sound; both are empty if nothing."""
     peak = 0.0
     decoding_faults: list[str] = []
     try:
@@ -724,9 +727,9 @@ def check_annotations(table: Path, clotho_test: Split | None) -> int:
 
 def print_faults(faults: dict[str, list[str]]) -> int:
     """Print at most twenty faults of each kind; return how many there are of all kinds."""
-    for kind, lines in faults.items():
+    for headline, lines in faults.items():
         if lines:
-            print(textwrap.indent(str(InputError.of(kind, lines)), "  "))
+            print(textwrap.indent(str(InputError.of(headline, lines)), "  "))
     return sum(len(lines) for lines in faults.values())
 
 

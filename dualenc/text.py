@@ -1,6 +1,6 @@
 """Caption -> tokens -> RoBERTa's first token (report, sections 4 and 5).
 
-Q captions, L tokens of the longest (at most 32), W = 1024 values, RoBERTa-large's width.
+Q captions, L tokens in the longest of them (at most 32), W = 1024, RoBERTa-large's width.
 """
 
 import functools
@@ -19,22 +19,25 @@ from transformers.utils import logging
 
 from dualenc.errors import InputError
 
-MAX_TOKENS = 32  # with <s> and </s>, as section 4 truncates
+MAX_TOKENS = 32  # tokens, <s> and </s> included (section 4)
 PAD_ID = 1
-ROBERTA = "roberta-large"  # at the Hugging Face hub
+ROBERTA = "roberta-large"  # its name at the Hugging Face hub
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # RoBERTa's, in the order of their ids
 
 
 # --- Caption -> tokens (section 4, "text preprocessing") ---
 
 def normalise(caption: str) -> str:
-    """Lower-cased, without ASCII punctuation."""
+    """Return a caption in lower case and without ASCII punctuation."""
     return caption.lower().translate(str.maketrans("", "", string.punctuation))
 
 
 def tokenize(tokenizer: Tokenizer, captions: Sequence[str]) -> Tensor:
-    """Captions -> (Q, L) int64, padded with 1 to the longest: the same embeddings as to 32."""
-    # One by one: encode_batch would start threads, which must not be forked by data workers.
+    """Turn captions into tokens (Q, L) int64, padded with 1 to the longest.
+
+    Padding to 32 would give the same embeddings.
+    """
+    # encode_batch would start threads, and the data workers are forked: captions go one by one.
     ids = [torch.tensor(tokenizer.encode(normalise(caption)).ids) for caption in captions]
     return nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=PAD_ID)
 
@@ -51,12 +54,15 @@ def train_bpe(captions: Iterable[str], vocabulary: int) -> Tokenizer:
 
 
 def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
-    """A RoBERTa tokenizer: a name at the Hugging Face hub, or a folder; else an InputError."""
+    """Load a RoBERTa tokenizer by its name at the Hugging Face hub, or from a folder.
+
+    InputError where it cannot be read or fetched, or is another model's.
+    """
     return set_truncation(_published(AutoTokenizer, source, "--tokenizer").backend_tokenizer)
 
 
 def set_truncation(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer, set to truncate and not to pad."""
+    """Set a tokenizer to truncate and not to pad; InputError where it is not RoBERTa's."""
     if tokenizer.token_to_id("<pad>") != PAD_ID:
         raise InputError("the tokenizer is missing or not RoBERTa's: <pad> has not the id 1")
     tokenizer.no_padding()
@@ -74,42 +80,49 @@ class TextTower(nn.Module):
         self.roberta = RobertaModel(config, add_pooling_layer=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(Q, L) int64 -> (Q, W): the first token, <s>, of the last layer ("[CLS]")."""
-        mask = (tokens != PAD_ID)[:, None, None]  # of another shape, a GPU would be waited for
+        """(Q, L) int64 -> (Q, W): the last layer's first token, <s> (section 5's "[CLS]")."""
+        # The mask is 4-D, since transformers reads the values of a 2-D one, which is a GPU sync.
+        mask = (tokens != PAD_ID)[:, None, None]  # (Q, 1, 1, L)
         return self.roberta(input_ids=tokens, attention_mask=mask).last_hidden_state[:, 0]
 
 
 def published_roberta(source: str) -> RobertaModel:
-    """A RoBERTa without pooler: a name at the hub, or a folder written by save_pretrained."""
+    """Load a RoBERTa without pooler by its name at the hub, or from a save_pretrained folder.
+
+    InputError where it cannot be read or fetched, or is another model.
+    """
     options = dict(add_pooling_layer=False, output_loading_info=True)
     model, info = _published(RobertaModel, source, "--text-model (or --preset tiny)", **options)
-    if info["missing_keys"]:  # for which transformers has drawn random ones
+    if info["missing_keys"]:  # transformers has drawn random weights for them
         raise InputError(f"{source}: is no RoBERTa: lacks {min(info['missing_keys'])}")
     return model
 
 
-def _published(kind: type, source: str | os.PathLike, option: str, **options):
-    """What transformers reads from a folder, or fetches under a name; else an InputError."""
+def _published(model_class: type, source: str | os.PathLike, option: str, **options):
+    """Load what transformers reads from a folder, or fetches by a name; else an InputError."""
     local = Path(source).exists()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         cached_only = local or not _hub_answers()
-        return kind.from_pretrained(str(source), local_files_only=cached_only, **options)
+        return model_class.from_pretrained(str(source), local_files_only=cached_only, **options)
     except Exception as error:  # transformers raises whatever its parsers meet
         reason = (str(error).strip() or repr(error)).splitlines()[0].rstrip(":.")
-        what = "read as a RoBERTa" if local else "fetched from the Hugging Face hub"
+        action = "read as a RoBERTa" if local else "fetched from the Hugging Face hub"
         raise InputError(
-            f"{source}: cannot be {what} ({reason}): name a folder that save_pretrained wrote with "
-            f"{option}"
+            f"{source}: cannot be {action} ({reason}): name a folder that save_pretrained wrote "
+            f"with {option}"
         ) from error
 
 
 @functools.cache
 def _hub_answers() -> bool:
-    """Whether the hub can be reached; its own client asks for a minute before it gives up."""
+    """Tell whether the Hugging Face hub can be reached.
+
+    Without this, its client retries for 47 s before a tokenizer fails, and 23 s for a model.
+    """
     try:
         get_hf_file_metadata(hf_hub_url(ROBERTA, "config.json"), timeout=5)  # s
-    except Exception as error:  # no name server, no route, a proxy, offline mode: each has its own
-        return isinstance(error, HfHubHTTPError)  # an answer, too
+    except Exception as error:  # Without network, a proxy and offline mode raise one each.
+        return isinstance(error, HfHubHTTPError)  # An error page is an answer, too.
     return True
