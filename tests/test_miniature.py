@@ -438,8 +438,8 @@ def listen_to_ctrl_c():
 
 
 def test_ctrl_c_lets_both_runs_of_the_demo_save_first(tmp_path):
-    save = 'trap "echo saved >> saved.txt; exit" TERM; echo >> started.txt; sleep 99 & wait'
-    stand_in(tmp_path, f"case $* in train*) {save};; esac")
+    save = 'trap "sleep 0.5; echo saved >> saved.txt; exit" TERM'
+    stand_in(tmp_path, f"{save}\ncase $* in train*) echo >> started.txt; sleep 99 & wait;; esac")
     demo = subprocess.Popen(
         "./demo.sh", cwd=tmp_path, start_new_session=True, preexec_fn=listen_to_ctrl_c
     )
