@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from dualenc.decoding import SAMPLE_RATE, to_int16
+from dualenc.decoding import SAMPLE_RATE, to_int16, usable_cores
 from dualenc.errors import Parser, run_command
 
 # Both data sets have this rate: a model could tell them apart if one had more treble.
@@ -633,7 +633,7 @@ def write_miniature(folder: Path, sizes: dict[str, int] = CLIPS) -> str:
     if folder.exists() and any(folder.iterdir()):
         return f"{folder}: is there already, and left as it is."
     unfinished = folder.with_name(f".{folder.name}.unfinished")
-    with ProcessPoolExecutor() as pool:
+    with ProcessPoolExecutor(usable_cores()) as pool:
         for split, count in sizes.items():
             (unfinished / SPLITS[split].sounds.format(split)).mkdir(parents=True, exist_ok=True)
             write = functools.partial(write_clip, unfinished, split)
