@@ -286,6 +286,24 @@ def test_annotations_are_all_clips_of_which_the_query_is_true(folder, splits):
     assert max(len(relevant) for relevant in annotations.values()) > 1
 
 
+def test_a_query_that_leaves_out_a_manner_is_true_of_clips_with_another():
+    told = as_scene([("dog", None), ("bell", None)])
+    loud = as_scene([("dog", "loud"), ("bell", None)])
+    faint = as_scene([("dog", "faint"), ("bell", "high")])
+    reversed_order = as_scene([("bell", None), ("dog", "loud")])
+    clips = [
+        miniature.Clip("loud.wav", loud, {"A dog barks before a bell rings.": told}),
+        miniature.Clip("faint.wav", faint, {"A dog barks faintly, then a bell shrilly.": faint}),
+        miniature.Clip("reversed.wav", reversed_order, {"A bell, then a dog.": reversed_order}),
+    ]
+    annotations = miniature.annotate(clips, np.random.default_rng(0))
+    assert annotations == {
+        "A dog barks before a bell rings.": ["loud.wav", "faint.wav"],
+        "A dog barks faintly, then a bell shrilly.": ["faint.wav"],
+        "A bell, then a dog.": ["reversed.wav"],
+    }
+
+
 def test_every_evaluation_clip_is_asked_for_once(folder, splits):
     evaluation = splits[2]
     annotations = read_annotations(folder / "metadata_eval.csv", evaluation)
