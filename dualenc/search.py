@@ -102,12 +102,14 @@ class SoundIndex:
         names: (N,) of the files that are searched.
         owner: (S,) int64, the position in names of each segment's file.
         faults: {name: why the file cannot be read, or not whole}.
-        missing: names of files below root that are not there now, though they have been embedded.
+        missing: names of files below root that are embedded, but not there now.
+        skipped: how many "files of other kinds" and "folders that may not be entered" were passed
+            over.
     """
 
     def __init__(
         self, model: DualEncoder, root: Path, sounds: dict[str, Sound], parts: Sequence[Tensor],
-        rows: Tensor, faults: dict[str, str] | None = None, missing: Sequence[str] = (),
+        rows: Tensor,
     ):
         """Put the index of some files together.
 
@@ -121,8 +123,9 @@ class SoundIndex:
         self.root = root
         self.names = list(sounds)
         self.seconds = [sound.seconds for sound in sounds.values()]
-        self.faults = faults or {}
-        self.missing = missing
+        self.faults: dict[str, str] = {}
+        self.missing: list[str] = []
+        self.skipped: collections.Counter[str] = collections.Counter()
         counts = [sound.segments for sound in sounds.values()]
         self.owner = np.repeat(np.arange(len(counts)), counts)
         self._ends = np.cumsum([0, *counts])  # file i has the segments from _ends[i] on
@@ -142,53 +145,58 @@ class SoundIndex:
         """
         is_folder = isinstance(sounds, str | os.PathLike)
         root = Path(os.path.abspath(sounds if is_folder else os.sep))
-        paths = decoding.sounds_below(root) if is_folder else map(os.path.abspath, sounds)
-        # The index knows files by their real folder, however it is reached.
-        real_root = os.path.join(os.path.realpath(root), "")
-        paths = [real_root + os.path.relpath(path, root) for path in paths]
+        skipped = collections.Counter()
+        if is_folder:
+            paths = decoding.sounds_below(root, skipped)
+        else:
+            paths = map(os.path.abspath, sounds)
+        # The stored index knows files by their real folder, however it is reached.
+        root_prefix = os.path.join(root, "")
+        prefix = os.path.join(os.path.realpath(root), "")
+        paths = [prefix + os.fspath(path).removeprefix(root_prefix) for path in paths]
         stored = StoredIndex(index_folder, model)
 
-        # 1. What is new or has changed.
+        # 1. Compare the files with what is stored.
         there, changed, faults = stored.compare(paths)
 
-        # 2. Embed it.
+        # 2. Embed what is new or has changed.
         if changed:
             stored.check_writable()
             faults |= embed_changed(model, stored, changed)
 
-        # 3. What is not there now: it was moved, or it is kept until it is back.
+        # 3. What is not there now was moved, or it is kept until it is back.
         stored.forget(stored.moved())
         missing = []
         if is_folder:
-            missing = sorted(stored.files_below(real_root) - set(there))
+            missing = sorted(stored.files_below(prefix) - set(there))
         if prune:
             stored.forget(missing)
-        stored.tidy(drop_forgotten=prune)
+        stored.tidy(prune)
 
-        # 4. The index of what is there.
-        sounds = {}
-        rows = []
+        # 4. Put the index of what is there together.
+        searched = []
         for path in there:
-            file = stored.files.get(path)
-            if file is None:  # It cannot be read, for the first time now.
+            if path not in stored.files:  # It is new, and cannot be read now.
                 continue
-            sound = stored.sounds[file.digest]
+            sound = stored.sound_of(path)
             if sound.fault:
                 faults.setdefault(path, sound.fault)
             if sound.segments > 0:
-                first_row = stored.first_row[file.digest]
-                sounds[path.removeprefix(real_root)] = sound
-                rows.append(np.arange(first_row, first_row + sound.segments))
-        faults = {path.removeprefix(real_root): faults[path] for path in sorted(faults)}
-        missing = [path.removeprefix(real_root) for path in missing]
-        if not sounds:
+                searched.append(path)
+        faults = {path.removeprefix(prefix): faults[path] for path in sorted(faults)}
+        if not searched:
             reasons = [f"{name}: {fault}" for name, fault in faults.items()]
             if missing:
                 reasons.append(f"{counted(len(missing), 'file')} of the index, not there now")
             headline = f"{root}: no sound file that can be read"
             raise InputError.of(headline, reasons or ["none there"])
-        rows = torch.from_numpy(np.concatenate(rows))
-        return cls(model, root, sounds, stored.parts, rows, faults, missing)
+        sounds = {path.removeprefix(prefix): stored.sound_of(path) for path in searched}
+        rows = stored.rows_of([stored.files[path].digest for path in searched])
+        index = cls(model, root, sounds, stored.parts, rows)
+        index.faults = faults
+        index.missing = [path.removeprefix(prefix) for path in missing]
+        index.skipped = skipped
+        return index
 
     def search(self, sentence: str, k: int = 10, by: str = "file") -> list[Match]:
         """Return the k files that match a sentence best, best first; ties in the order of names.
@@ -353,6 +361,18 @@ class StoredIndex:
             self.first_row[digest] = self._row_count
             self._row_count += sound.segments
 
+    def sound_of(self, path: str) -> Sound:
+        return self.sounds[self.files[path].digest]
+
+    def rows_of(self, digests: Sequence[str]) -> Tensor:
+        """Return the rows of the segments of sounds, (S,) int64, counted through all parts."""
+        counts = np.array([self.sounds[digest].segments for digest in digests], np.int64)
+        first_rows = np.array([self.first_row[digest] for digest in digests], np.int64)
+        # A segment's row is its sound's first one, plus its number within the sound.
+        segments_before = np.cumsum(counts) - counts
+        within = np.arange(counts.sum()) - np.repeat(segments_before, counts)
+        return torch.from_numpy(np.repeat(first_rows, counts) + within)
+
     def compare(self, paths: Iterable[str]) -> tuple[list[str], list[str], dict[str, str]]:
         """Look at files by size and time.
 
@@ -428,27 +448,22 @@ class StoredIndex:
         self.parts.append(segments)
         self._forget_new()
 
-    def tidy(self, drop_forgotten: bool) -> None:
-        """Save; write all parts as one where they are many, or to drop what was forgotten."""
-        forgotten = None in self._new_files.values()
+    def tidy(self, prune: bool) -> None:
+        """Save; where the parts are many, or something is to be dropped from them, merge them."""
+        is_something_forgotten = None in self._new_files.values()
         self.save()
-        if self.folder is None:
-            return
-        if len(self._part_files) > MAX_PARTS or (drop_forgotten and forgotten):
-            old = self._part_files.copy()
-            digests = {file.digest for file in self.files.values()}
-            sounds = {digest: self.sounds[digest] for digest in digests}
-            rows = [
-                torch.arange(self.first_row[digest], self.first_row[digest] + sound.segments)
-                for digest, sound in sounds.items()
-            ]
-            segments = self._no_segments
-            if rows:
-                segments = take_rows(self.parts, torch.cat(rows))
-            # First the new part: whenever this ends, nothing is lost.
-            self._write(self.files, sounds, segments)
-            for part_file in old:
-                part_file.unlink(missing_ok=True)
+        if len(self._part_files) > MAX_PARTS or (prune and is_something_forgotten):
+            self.merge()
+
+    def merge(self) -> None:
+        """Write one part in place of all; what belongs to no file any more is left out."""
+        old_part_files = self._part_files.copy()
+        digests = list(dict.fromkeys(file.digest for file in self.files.values()))
+        segments = take_rows([self._no_segments, *self.parts], self.rows_of(digests))
+        # The new part comes first: whenever this is ended, nothing is lost.
+        self._write(self.files, {digest: self.sounds[digest] for digest in digests}, segments)
+        for part_file in old_part_files:
+            part_file.unlink(missing_ok=True)
 
     def _write(
         self, files: dict[str, File | None], sounds: dict[str, Sound], segments: Tensor
@@ -552,7 +567,7 @@ def read_file(
                 if segments > 0 and len(block) < audio.MIN_REMAINDER:
                     break
                 segments += 1
-                yield path, decoding.to_int16(block / max(1.0, np.abs(block).max()))
+                yield path, decoding.to_int16(block)
             sound = Sound(samples / decoding.SAMPLE_RATE, segments, "; ".join(faults))
         if stamp(os.stat(path)) != before:
             yield path, Reading(None, None, "was changed while it was read")
@@ -658,7 +673,7 @@ def in_threads(
             error = raised
         items.put(ThreadEnd(error))
 
-    running = (os.cpu_count() or 1)
+    running = decoding.usable_cores()
     for _ in range(running):
         threading.Thread(target=work, daemon=True).start()
     try:
@@ -825,6 +840,13 @@ def describe(index: SoundIndex, folder: Path, pruned: bool) -> str:
     elif index.missing:
         facts.append(f"{counted(len(index.missing), 'file')} not there now, kept in the index "
                      "(--prune drops them)")
+    skipped = []
+    if count := index.skipped["files of other kinds"]:
+        skipped.append(f"{counted(count, 'file')} of other kinds")
+    if count := index.skipped["folders that may not be entered"]:
+        skipped.append(f"{counted(count, 'folder')} that may not be entered")
+    if skipped:
+        facts.append(f"passed over: {', '.join(skipped)}")
     facts.append(f"index in {folder}")
     return "; ".join(facts)
 

@@ -627,8 +627,7 @@ def test_a_part_that_another_search_has_just_merged_is_no_fault(tiny_model, soun
     def merge_first(part_file):
         if not merged:
             merged.append(True)
-            monkeypatch.setattr(search, "MAX_PARTS", 1)
-            search.StoredIndex(sounds / INDEX_NAME, tiny_model).tidy(drop_forgotten=False)
+            search.StoredIndex(sounds / INDEX_NAME, tiny_model).merge()
         return read_part(part_file)
 
     monkeypatch.setattr(search, "read_part", merge_first)
@@ -769,6 +768,27 @@ def test_what_is_not_there_is_counted_and_listed_by_folder(command, sounds, tmp_
     assert out.splitlines() == [
         "deep/d.wav: is not there now (1 file)", "drive/: is not there now (2 files)"
     ]
+
+
+def test_what_is_passed_over_is_counted(command, sounds, capsys):
+    for name in ("cover.jpg", "deep/notes.txt", ".hidden.wav"):
+        (sounds / name).write_text("")
+    command("rain", "--audio", sounds)
+    assert "3 files; passed over: 2 files of other kinds; index in" in capsys.readouterr().err
+
+
+def test_a_folder_that_may_not_be_entered_is_counted(command, sounds, capsys, monkeypatch):
+    scandir = os.scandir
+
+    def refuse_deep(folder):
+        if str(folder).endswith("deep"):
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse_deep)
+    command("rain", "--audio", sounds)
+    expected = "2 files; passed over: 1 folder that may not be entered; index in"
+    assert expected in capsys.readouterr().err
 
 
 def test_prune_says_how_many_it_drops(command, sounds, capsys):
