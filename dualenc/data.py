@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from dualenc.audio import crop, to_segments
 from dualenc.decoding import (
-    SAMPLE_RATE, Waveforms, all_channels, decode_once, sounds_below, stream_audio,
+    SAMPLE_RATE, Waveforms, all_channels, decode_once, sounds_below, stream_audio, usable_cores,
 )
 from dualenc.errors import InputError, Parser, printable, run_command
 from dualenc.text import tokenize
@@ -665,7 +665,7 @@ def check_split(split: Split) -> int:
     faults = defaultdict(list)  # {headline of a kind of fault: a line for each}
     faults["missing"] += split.missing
     bar = tqdm(split.clips, f"reading {split.name}", leave=False, disable=None)
-    pool = ThreadPoolExecutor(os.cpu_count())
+    pool = ThreadPoolExecutor(usable_cores())
     try:
         results = pool.map(fault_of_sound, [clip.path for clip in split.clips])
         for clip, (headline, sentence) in zip(bar, results, strict=True):

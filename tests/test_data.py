@@ -737,7 +737,7 @@ def test_all_pairs_of_a_clip_share_its_crop_in_an_epoch(two_ramps):
 def test_clips_seeds_and_epochs_have_crops_of_their_own(two_ramps):
     starts = set()
     for seed in (0, 1, 2):
-        batches = PairBatches([two_ramps], train_bpe(CAPTIONS, 1000), 2, 2, seed=seed)
+        batches = PairBatches([two_ramps, two_ramps], train_bpe(CAPTIONS, 1000), 2, 2, seed=seed)
         for step in range(3 * len(batches)):
             starts.add(int(batches[step].segments[0, 0]))
-    assert len(starts) == 18  # a seed that is a sum would make some alike
+    assert len(starts) == 3 * 3 * 4  # a seed that is a sum would make some alike
