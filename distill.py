@@ -14,85 +14,133 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dualenc.checkpoints import read_checkpoint, save_atomically
+from dualenc.checkpoints import checkpoint_file, read_checkpoint, save_atomically
 from dualenc.data import Split, training_splits
-from dualenc.errors import Parser, run_command
+from dualenc.errors import Parser, not_negative_float, run_command
 from dualenc.losses import contrastive_loss, distillation_loss
-from dualenc.model import DualEncoder, choose_device
-from dualenc.training import first_process_first, join_processes
-from train import add_training_options, begin, train
+from dualenc.model import DualEncoder, choose_device, choose_precision
+from dualenc.training import RANK, first_process_first, join_processes
+from train import (
+    add_training_options, decode, make_batches, names_of, open_run, report_device, report_model,
+    train,
+)
 
 
 def parse_arguments():
     parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--teachers", nargs="+", required=True, type=Path, help="checkpoints, of any size")
-    add("--init", type=Path, help="a checkpoint, the student's start (default: the first teacher)")
+
+    models = parser.add_argument_group("models")
+    models.add_argument(
+        "--teachers", nargs="+", required=True,
+        help="checkpoints, run folders, or names of published ones (salsa, baseline); their sizes "
+        "may differ",
+    )
+    models.add_argument(
+        "--init", help="checkpoint from which the student starts (default: the first teacher)"
+    )
+
+    losses = parser.add_argument_group("losses")
+    losses.add_argument(
+        "--contrastive-weight", type=not_negative_float, default=1.0,
+        help="weight of the contrastive loss (default 1)",
+    )
+    losses.add_argument(
+        "--distillation-weight", type=not_negative_float, default=1.0,
+        help="weight of the distillation loss (default 1)",
+    )
+
+    data = parser.add_argument_group("data")
     # Section 3: stage 2 trains on Clotho alone, to match the evaluation.
-    add("--datasets", nargs="+", default=["clotho"], help="default: clotho alone")
-    add("--contrastive-weight", type=float, default=1.0, help="of its loss (default 1)")
-    add("--distillation-weight", type=float, default=1.0, help="of its loss (default 1)")
-    add_training_options(parser)
-    args = parser.parse_args()
-    args.teachers = [path / "best.pt" if path.is_dir() else path for path in args.teachers]
-    return args
+    data.add_argument(
+        "--datasets", nargs="+", default=["clotho"],
+        help="data sets to train on (default: clotho alone)",
+    )
+    add_training_options(parser, data)
+    return parser.parse_args()
 
 
 def main() -> int:
     args = parse_arguments()
+
+    # --- The device: this process is alone, or one of torchrun's ---
     device = choose_device(args.device)
     join_processes(device)
+    report_device(device)
 
-    # --- What is trained on, and what chooses the best epoch (section 3) ---
-    splits, held_out = training_splits(args.datasets, args.validation, args.data_dir)
+    # --- The data: what is trained on, and what chooses the best epoch (section 3) ---
+    splits, validation = training_splits(args.datasets, args.validation, args.data_dir)
 
-    # --- The student, which has seen what its teachers have ---
-    seen = [name for path in args.teachers for name in read_checkpoint(path)["trained_on"]]
-    digests = [digest_of_file(path) for path in args.teachers]
-    with first_process_first():  # a tokenizer may be downloaded
-        student = DualEncoder.load(args.init or args.teachers[0], device, args.tokenizer)
-    student.trained_on, student.stage = student.trained_on + seen, "distilled"
-    this, batches = begin(args, student, splits, held_out, teacher_digests=digests)
+    # --- The student: it has seen what its teachers have ---
+    with first_process_first():  # The first one may download.
+        args.teachers = [checkpoint_file(teacher) for teacher in args.teachers]
+        start = checkpoint_file(args.init) if args.init else args.teachers[0]
+        student = DualEncoder.load(start, device, args.tokenizer)
+    seen_by_teachers = set()
+    for teacher in args.teachers:
+        seen_by_teachers.update(read_checkpoint(teacher)["trained_on"])
+    student.stage = "distilled"
+    student.trained_on = sorted(
+        {*student.trained_on, *seen_by_teachers, *(split.name for split in splits)}
+    )
+    student.precision = choose_precision(args.precision, device)
+    report_model(student)
 
-    # --- The teachers embed the training set once ---
-    embedded = []
+    # --- The batches and the run's folder, before anything that takes long ---
+    batches = make_batches(args, splits, student)
+    name = ["distilled", *names_of(args.datasets), "from", *datasets_of(seen_by_teachers)]
+    digests = [digest_of_file(teacher) for teacher in args.teachers]
+    run = open_run(args, name, student, splits, validation, teacher_digests=digests)
+
+    # --- The sounds: decoded once (section 4) ---
+    decode(args, splits, validation)
+
+    # --- The teachers: each embeds the training set once ---
+    teachers = []
     for path, digest in zip(args.teachers, digests, strict=True):
-        stored = this.folder / f"teacher-{digest}.pt"
+        embeddings_path = run.folder / f"teacher-{digest}.pt"
         with first_process_first():
-            if not stored.exists():
+            if not embeddings_path.exists():
                 teacher = DualEncoder.load(path, device, args.tokenizer)
                 teacher.precision = student.precision
-                values = embeddings(teacher, splits, f"{path} embeds")
-                save_atomically(values, stored)
-                del teacher  # it would stay on the GPU
-        embedded.append(torch.load(stored, map_location=device, weights_only=True))
+                embeddings = embed_training_set(teacher, splits, f"{path} embeds")
+                save_atomically(embeddings, embeddings_path)
+                del teacher  # Free its memory before the next one is loaded.
+        teachers.append(torch.load(embeddings_path, map_location=device, weights_only=True))
 
     def final_loss(audio, text, clip_ids, pair_ids, tau):
         """Section 2's final loss combines both objectives."""
         contrastive = contrastive_loss(audio, text, clip_ids, tau)
-        distillation = distillation_loss(
-            audio, text, [teacher["audio"][clip_ids] for teacher in embedded],
-            [teacher["text"][pair_ids] for teacher in embedded], tau,
-        )
+        # A clip's id is its row in the teachers' audio embeddings, a pair's id its row in their
+        # text embeddings: both count through the same splits in the same order (PairBatches).
+        teacher_audio = [teacher["audio"][clip_ids] for teacher in teachers]
+        teacher_text = [teacher["text"][pair_ids] for teacher in teachers]
+        distillation = distillation_loss(audio, text, teacher_audio, teacher_text, tau)
         loss = args.contrastive_weight * contrastive + args.distillation_weight * distillation
         return {"loss": loss, "contrastive": contrastive, "distillation": distillation}
 
     # --- The same loop with another loss ---
-    return train(args, this, student, batches, held_out, final_loss)
+    return train(args, run, student, batches, validation, final_loss)
 
 
-def embeddings(teacher: DualEncoder, splits: list[Split], label: str) -> dict[str, Tensor]:
-    """Of all training clips (N, D_m) and captions (P, D_m)."""
-    sounds = itertools.chain.from_iterable(split.waveforms for split in splits)
+def embed_training_set(teacher: DualEncoder, splits: list[Split], label: str) -> dict[str, Tensor]:
+    """Embed all clips (N, D_m) and all captions (P, D_m), in the order of data.PairBatches' ids."""
+    waveforms = itertools.chain.from_iterable(split.waveforms for split in splits)
     captions = [caption for split in splits for caption in split.captions]
-    bar = tqdm(sounds, label, sum(len(split.clips) for split in splits), leave=False, disable=None)
-    return {"audio": teacher.embed_audio(bar), "text": teacher.embed_text(captions)}
+    clips = sum(len(split.clips) for split in splits)
+    progress = tqdm(waveforms, label, clips, leave=False, disable=None)
+    return {"audio": teacher.embed_audio(progress), "text": teacher.embed_text(captions)}
+
+
+def datasets_of(trained_on: set[str]) -> list[str]:
+    """Return the names of the data sets of splits, such as "clotho/development"."""
+    return sorted({name.partition("/")[0].partition("@")[0] for name in trained_on})
 
 
 def digest_of_file(path: Path) -> str:
+    """Return what tells a file's content from any other's."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, RANK)

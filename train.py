@@ -4,13 +4,12 @@
     python train.py --datasets clotho              # row 1
     python train.py --datasets my_sounds/          # a folder of sounds with a captions.csv
 
-The same command goes on where an earlier one was interrupted.
+The same command resumes a run that was interrupted.
 """
 
 import contextlib
 import os
 import shlex
-import signal
 import sys
 from pathlib import Path
 
@@ -18,82 +17,185 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dualenc.checkpoints import save_atomically
-from dualenc.data import PairBatches, decode_splits, training_splits
-from dualenc.errors import InputError, Parser, run_command
+from dualenc.checkpoints import checkpoint_file, save_atomically
+from dualenc.data import PairBatches, Split, decode_splits, training_splits
+from dualenc.errors import (
+    InputError, Parser, not_negative_float, not_negative_int, positive_float, positive_int,
+    run_command,
+)
 from dualenc.losses import contrastive_loss, gather
 from dualenc.metrics import retrieval_metrics
 from dualenc.model import PRECISIONS, PRESETS, DualEncoder, choose_device, choose_precision
 from dualenc.page import write_curves
 from dualenc.training import (
-    RANK, WORLD, Run, first_process_first, join_processes, learning_rate, seed_of, stop_signals,
-    sum_gradients,
+    RANK, WORLD, Run, StopRequest, first_process_first, join_processes, learning_rate, report,
+    seed_of, sum_gradients,
 )
 
-# Of AdamW, (highest, lowest): to learn from scratch, as tiny does, takes more than fine-tuning.
+# AdamW's learning rate, (highest, lowest): tiny learns from scratch, which takes more than
+# fine-tuning.
 LEARNING_RATES = {"report": (2e-5, 1e-7), "tiny": (1e-3, 1e-6)}
 BAR = "{desc}: {percentage:3.0f}%|{bar:20}| {rate_fmt}, {remaining} left{postfix}"
 
 
+# --- Options ---
+
+
 def parse_arguments():
     parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--datasets", nargs="+", default=["clotho"], help="clotho, audiocaps, folders of one's own")
-    add("--preset", choices=tuple(PRESETS), default="report", help="report, or tiny: small numbers")
-    add("--init", help="pretrained (default), random (default of tiny), or a checkpoint")
-    add("--text-model", help="a RoBERTa by name or folder (default roberta-large)")
-    add_training_options(parser)
+
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--preset", choices=tuple(PRESETS), default="report",
+        help="sizes of the model: the report's, or tiny to try things out (default report)",
+    )
+    model.add_argument(
+        "--init",
+        help="weights to start from: pretrained (default), random (default of tiny), a checkpoint, "
+        "or the name of a published one (salsa, baseline)",
+    )
+    model.add_argument(
+        "--text-model", help="RoBERTa to start from, a name or folder (default roberta-large)"
+    )
+
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--datasets", nargs="+", default=["clotho"],
+        help="data sets to train on: clotho, audiocaps, or folders with a captions.csv "
+        "(default clotho)",
+    )
+    add_training_options(parser, data)
     return parser.parse_args()
 
 
-def add_training_options(parser: Parser) -> None:
-    """The options of both stages; what the report leaves open is as in the baseline."""
-    add = parser.add_argument
-    add("--data-dir", type=Path, default=Path("data"), help="where data sets lie (default data)")
-    add("--cache-dir", type=Path, help="of decoded sounds, 64 kB a second (default DATA_DIR/cache)")
-    add("--validation", help="chooses the best epoch (default clotho, or part of the first folder)")
-    add("--tokenizer", help="a name or folder, in place of a checkpoint's own")
-    add("--batch-size", type=int, default=64, help="pairs, over all processes (default 64)")
-    add("--captions-per-clip", type=int, default=1, help="drawn together; the clip is encoded once")
-    add("--micro-batch", type=int, help="pairs encoded at a time, for less memory, in more time")
-    add("--epochs", type=int, default=20, help="passes over all pairs (default 20)")
-    add("--max-steps", type=int, help="end after so many steps, if --epochs has not ended it")
-    add("--max-lr", type=float, help="after the warm-up (default 2e-5; tiny 1e-3)")
-    add("--min-lr", type=float, help="at the start, and after the decay (default 1e-7; tiny 1e-6)")
-    add("--warmup-epochs", type=float, default=1, help="of linear rise (default 1)")
-    add("--decay-epochs", type=float, default=15, help="of cosine decay after it (default 15)")
-    add("--seed", type=int, default=0, help="of order, crops, dropout, random weights (default 0)")
-    add("--out", type=Path, help="the run's folder (default runs/STAGE-DATASETS-seedN)")
-    add("--log-every", type=int, default=10, help="steps between lines of the log (default 10)")
-    add("--save-every", type=int, help="steps between writes of last.pt within an epoch")
-    add("--workers", type=int, default=2, help="processes that prepare batches (default 2)")
-    add("--device", default="auto", help="cpu, cuda, cuda:N (default: cuda where there is one)")
-    add("--precision", choices=("auto", *PRECISIONS), default="auto", help="of the towers (default:"
-        " bf16 on a GPU that has it, else fp16; fp32 on a CPU)")
+def add_training_options(parser: Parser, data) -> None:
+    """Add the options of both stages; what the report leaves open is as in the baseline.
+
+    data: the parser's group of options about data, which go on here.
+    """
+    data.add_argument(
+        "--validation",
+        help="data set that chooses the best epoch (default: clotho, or a part held out of the "
+        "first folder)",
+    )
+    data.add_argument(
+        "--data-dir", type=Path, default=Path("data"),
+        help="folder in which the data sets lie (default data)",
+    )
+    data.add_argument(
+        "--cache-dir", type=Path,
+        help="folder for decoded sounds, 64 kB per second of sound (default DATA_DIR/cache)",
+    )
+    data.add_argument(
+        "--tokenizer", help="tokenizer, a name or folder, for checkpoints that hold none"
+    )
+
+    batches = parser.add_argument_group("batches")
+    batches.add_argument(
+        "--batch-size", type=positive_int, default=64,
+        help="pairs in a batch, over all processes (default 64)",
+    )
+    batches.add_argument(
+        "--captions-per-clip", type=positive_int, default=1,
+        help="captions of a clip that share a batch, in which it is encoded once (default 1)",
+    )
+    batches.add_argument(
+        "--micro-batch", type=positive_int,
+        help="pairs encoded at a time: less memory, more time, the same gradient (default: all)",
+    )
+    batches.add_argument(
+        "--workers", type=not_negative_int, default=2,
+        help="processes that prepare batches (default 2)",
+    )
+
+    schedule = parser.add_argument_group("schedule")
+    schedule.add_argument(
+        "--epochs", type=positive_int, default=20, help="passes over all pairs (default 20)"
+    )
+    schedule.add_argument(
+        "--max-steps", type=positive_int, help="steps to end after, if --epochs does not end first"
+    )
+    schedule.add_argument(
+        "--max-lr", type=positive_float,
+        help="learning rate after the warm-up (default 2e-5; tiny: 1e-3)",
+    )
+    schedule.add_argument(
+        "--min-lr", type=not_negative_float,
+        help="learning rate at the start and after the decay (default 1e-7; tiny: 1e-6)",
+    )
+    schedule.add_argument(
+        "--warmup-epochs", type=not_negative_float, default=1.0,
+        help="epochs of linear warm-up (default 1)",
+    )
+    schedule.add_argument(
+        "--decay-epochs", type=not_negative_float, default=15.0,
+        help="epochs of cosine decay after the warm-up (default 15)",
+    )
+    schedule.add_argument(
+        "--seed", type=not_negative_int, default=0,
+        help="random seed of batch order, crops, dropout and initial weights (default 0)",
+    )
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "--device", default="auto", help="cpu, cuda or cuda:N (default: cuda where there is one)"
+    )
+    machine.add_argument(
+        "--precision", choices=("auto", *PRECISIONS), default="auto",
+        help="autocast type of both encoders (default: bf16 or fp16 on a GPU, fp32 on a CPU)",
+    )
+
+    files = parser.add_argument_group("files to write")
+    files.add_argument(
+        "--out", type=Path, help="folder of the run (default runs/STAGE-DATASETS-seedN)"
+    )
+    files.add_argument(
+        "--log-every", type=positive_int, default=10,
+        help="steps between lines of the log (default 10)",
+    )
+    files.add_argument(
+        "--save-every", type=positive_int,
+        help="steps between writes of last.pt within an epoch (default: at its end alone)",
+    )
+
+
+# --- Stage 1 ---
 
 
 def main() -> int:
     args = parse_arguments()
+
+    # --- The device: this process is alone, or one of torchrun's ---
     device = choose_device(args.device)
     join_processes(device)
+    report_device(device)
 
-    # --- What is trained on, and what chooses the best epoch (section 3) ---
-    splits, held_out = training_splits(args.datasets, args.validation, args.data_dir)
+    # --- The data: what is trained on, and what chooses the best epoch (section 3) ---
+    splits, validation = training_splits(args.datasets, args.validation, args.data_dir)
 
     # --- The model: published weights, random ones, or a checkpoint (section 5) ---
     init = args.init or ("random" if args.preset == "tiny" else "pretrained")
     torch.manual_seed(args.seed)
-    with first_process_first():  # it may download
+    with first_process_first():  # The first one may download.
         if init in ("pretrained", "random"):
             captions = [caption for split in splits for caption in split.captions]
             model = DualEncoder.create(args.preset, init, captions, args.text_model)
         else:
-            model = DualEncoder.load(init, tokenizer=args.tokenizer)
+            model = DualEncoder.load(checkpoint_file(init), tokenizer=args.tokenizer)
+    model.to(device)
     model.stage = "contrastive"
+    model.trained_on = sorted({*model.trained_on, *(split.name for split in splits)})
+    model.precision = choose_precision(args.precision, device)
+    report_model(model)
 
-    # --- The run, and the loop ---
-    this, batches = begin(args, model.to(device), splits, held_out)
-    return train(args, this, model, batches, held_out, contrastive)
+    # --- The batches and the run's folder, before anything that takes long ---
+    batches = make_batches(args, splits, model)
+    run = open_run(args, ["contrastive", *names_of(args.datasets)], model, splits, validation)
+
+    # --- The sounds: decoded once (section 4) ---
+    decode(args, splits, validation)
+
+    return train(args, run, model, batches, validation, contrastive)
 
 
 def contrastive(audio, text, clip_ids, pair_ids, tau):
@@ -101,151 +203,250 @@ def contrastive(audio, text, clip_ids, pair_ids, tau):
     return {"loss": contrastive_loss(audio, text, clip_ids, tau)}
 
 
-def begin(args, model: DualEncoder, splits, held_out, **settings) -> tuple[Run, PairBatches]:
-    """What both stages do before anything long: settings, folder, decoded sounds, first lines.
+# --- What both stages do before the loop ---
 
-    The model, on its device, becomes trained on the splits; held_out chooses the best epoch.
-    """
-    preset = model.config.preset
-    highest, lowest = LEARNING_RATES[preset]
-    args.max_lr = highest if args.max_lr is None else args.max_lr
-    args.min_lr = lowest if args.min_lr is None else args.min_lr
-    model.trained_on = sorted({*model.trained_on, *(split.name for split in splits)})
-    model.precision = choose_precision(args.precision, model.device)
-    precision = next(name for name, kind in PRECISIONS.items() if kind == model.precision)
-    parts = [model.stage, *(Path(dataset).resolve().name for dataset in args.datasets)]
-    parts += [preset] * (preset != "report") + [f"seed{args.seed}"]
-    args.out = args.out or Path("runs", "-".join(parts))
-    settings |= vars(args) | {
-        "stage": model.stage, "precision": precision,
-        "data": [split.identity for split in [*splits, held_out]],
-    }
+
+def report_device(device: torch.device) -> None:
+    if WORLD > 1:
+        report("device", f"{device} in each of {WORLD} processes")
+    else:
+        report("device", device)
+
+
+def report_model(model: DualEncoder) -> None:
+    millions = sum(weights.numel() for weights in model.parameters()) / 1e6
+    precision = name_of_precision(model)
+    report("model", f"{model.config.preset}, {millions:.1f} M parameters, towers in {precision}")
+
+
+def name_of_precision(model: DualEncoder) -> str:
+    names = {dtype: name for name, dtype in PRECISIONS.items()}
+    return names[model.precision]
+
+
+def names_of(datasets: list[str]) -> list[str]:
+    """Return what folders and data sets are called, without where they lie."""
+    return [Path(dataset).resolve().name for dataset in datasets]
+
+
+def make_batches(args, splits: list[Split], model: DualEncoder) -> PairBatches:
+    """Make this process's share of the run's batches; an InputError where that cannot be."""
     batches = PairBatches(
         splits, model.tokenizer, args.batch_size, args.captions_per_clip, args.seed, RANK, WORLD
     )
-    with first_process_first():
-        this = Run(args.out, settings)
-        decode_splits([*splits, held_out], args.cache_dir or args.data_dir / "cache")
-    if RANK == 0:
-        size = sum(weights.numel() for weights in model.parameters()) / 1e6
-        many = f" in each of {WORLD} processes" if WORLD > 1 else ""
-        print(f"device      {model.device}{many}, towers in {precision}")
-        print(f"model       {preset}, {size:.1f} M parameters")
-        print(*(f"train on    {split}" for split in splits), f"validate on {held_out}", sep="\n")
-        print(f"steps       {len(batches):,} an epoch, of {args.batch_size} pairs")
-        print(f"run         {this.folder}", flush=True)
-    return this, batches
+    report("steps", f"{len(batches):,} an epoch, of {args.batch_size} pairs")
+    return batches
 
 
-def train(args, this: Run, model: DualEncoder, batches: PairBatches, held_out, loss_of) -> int:
-    """The loop of both stages; returns the exit status.
+def open_run(
+    args, name: list[str], model: DualEncoder, splits: list[Split], validation: Split,
+    **more_settings,
+) -> Run:
+    """Open the run's folder, named by --out or by parts of a name; args get their last defaults.
 
-    loss_of: (audio (B, D), text (B, D), clip_ids (B,), pair_ids (B,), tau) -> {"loss": what is
-    minimised, and its parts by name}.
+    more_settings: what else must be the same when the run is resumed, as plain values.
     """
-    # --- Where to begin: 1. last.pt of this very run; 2. the model as it came ---
+    preset = model.config.preset
+    if args.out is None:
+        if preset != "report":
+            name = [*name, preset]
+        args.out = Path("runs", "-".join([*name, f"seed{args.seed}"]))
+    highest, lowest = LEARNING_RATES[preset]
+    if args.max_lr is None:
+        args.max_lr = highest
+    if args.min_lr is None:
+        args.min_lr = lowest
+    settings = vars(args) | {
+        "stage": model.stage,
+        "precision": name_of_precision(model),
+        "data": [split.identity for split in [*splits, validation]],
+    }
+    with first_process_first():
+        run = Run(args.out, settings | more_settings)
+    report("run", run.folder)
+    return run
+
+
+def decode(args, splits: list[Split], validation: Split) -> None:
+    """Give all splits their waveforms; the first process decodes what is new or has changed."""
+    with first_process_first():
+        decode_splits([*splits, validation], args.cache_dir or args.data_dir / "cache")
+    for split in splits:
+        report("train on", split)
+    report("validate on", validation)
+
+
+# --- The loop of both stages ---
+
+
+def train(args, run: Run, model: DualEncoder, batches: PairBatches, validation, loss_fn) -> int:
+    """Train, validate and save; returns the exit status.
+
+    Args:
+        loss_fn: (audio (B, D), text (B, D), clip_ids (B,), pair_ids (B,), tau) -> {"loss": what is
+            minimised, and its parts by name}.
+    """
     device = model.device
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.min_lr, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=model.precision == torch.float16)
-    this.resume(model, optimizer, scaler)
-    end = min(args.epochs * len(batches), args.max_steps or sys.maxsize)
-    loader = iter(DataLoader(
-        batches, batch_size=None, sampler=range(this.step, end), num_workers=args.workers,
-        pin_memory=device.type == "cuda",
-        multiprocessing_context="fork" if args.workers else None,
-        worker_init_fn=lambda _: os.setpgrp(),  # Ctrl-C and SIGTERM are for this process alone
-    ))
-    bar = tqdm(
-        total=end * args.batch_size, initial=this.step * args.batch_size, unit="pair",
-        bar_format=BAR, disable=RANK > 0, mininterval=0.5 if sys.stderr.isatty() else 10,
-    )
-    stopped = stop_signals()
-    with bar:
-        while True:
-            # --- The end of an epoch: validate, keep the best ---
-            epoch, in_epoch = -(-this.step // len(batches)), this.step % len(batches)
-            if (in_epoch == 0 or this.step == end) and this.step > this.validated and not stopped:
-                end_epoch(this, model, held_out, epoch, in_epoch == 0, bar)
-                if in_epoch == 0:
-                    this.save(model, optimizer, scaler)
-            if stopped or this.step >= end:
-                break
-            bar.set_description_str(f"epoch {epoch + (in_epoch == 0)}/{args.epochs}", False)
 
-            # ---------------------------------------------------------------- one training step
-            batch = next(loader)
-            rate = learning_rate(
-                this.step, len(batches), args.warmup_epochs, args.decay_epochs,
-                args.max_lr, args.min_lr,
-            )
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            model.train()
-            torch.manual_seed(seed_of(args.seed, this.step, RANK))  # dropout, patchout, jitter
+    # --- Where to begin: 1. last.pt of this very run; 2. the model as it came ---
+    run.resume(model, optimizer, scaler)
+    steps_per_epoch = len(batches)
+    last_step = args.epochs * steps_per_epoch
+    if args.max_steps is not None:
+        last_step = min(last_step, args.max_steps)
+    if run.step > 0:
+        report("resuming", f"{run.last_path}, after step {run.step:,} of {last_step:,}")
 
-            # forward: this process's share, then everyone's; every other clip is a negative
-            audio, text = model.encode_pairs(batch, args.micro_batch)  # (B_r, D)
-            audio, text = gather(audio), gather(text)  # (B, D)
-            clip_ids = batch.clip_ids.to(device, non_blocking=True)  # (B,)
-            pair_ids = batch.pair_ids.to(device, non_blocking=True)
-            losses = loss_of(audio, text, clip_ids, pair_ids, model.tau)
+    # --- The loop: steps count from 0 over the whole run, across epochs ---
+    progress = progress_over(args, run, batches, last_step, pin_memory=device.type == "cuda")
+    stop = StopRequest()
+    run.start_clock()
+    for step, batch in enumerate(progress, start=run.step):
+        # ---------------------------------------------------------------- one training step
+        rate = learning_rate(
+            step, steps_per_epoch, args.warmup_epochs, args.decay_epochs, args.max_lr, args.min_lr
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        model.train()
+        # Dropout, patchout and jitter follow from the step, so that a resumed run draws the same.
+        torch.manual_seed(seed_of(args.seed, step, RANK))
 
-            # backward: summed over processes, the whole batch's gradient
-            scaler.scale(losses["loss"]).backward()
-            sum_gradients(model)
+        # Forward: encode this process's share, then gather everyone's. Every other clip of the
+        # whole batch is a negative.
+        audio, text = model.encode_pairs(batch, args.micro_batch)  # (B_r, D)
+        audio = gather(audio)  # (B, D)
+        text = gather(text)
+        clip_ids = batch.clip_ids.to(device, non_blocking=True)  # (B,)
+        pair_ids = batch.pair_ids.to(device, non_blocking=True)
+        losses = loss_fn(audio, text, clip_ids, pair_ids, model.tau)
 
-            # update
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            # ----------------------------------------------------------------------------------
-            this.add(losses)
-            bar.update(args.batch_size)
-            epoch, in_epoch = -(-this.step // len(batches)), this.step % len(batches)
-            if in_epoch % args.log_every == 0 or this.step == end:
-                means = this.mean_losses(args.log_every)
-                this.log(epoch=epoch, lr=rate, **means)
-                bar.set_postfix(loss=f"{means['loss']:.3f}", lr=f"{rate:.1e}", refresh=False)
-            due = args.save_every and in_epoch % args.save_every == 0
-            if in_epoch == 0 or due or stopped or this.step == end:
-                this.save(model, optimizer, scaler)
+        # Backward: summed over processes, the gradients are those of the whole batch.
+        scaler.scale(losses["loss"]).backward()
+        sum_gradients(model)
+
+        # Update.
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        # ----------------------------------------------------------------------------------
+
+        run.add(losses)
+        epoch = step // steps_per_epoch + 1
+        steps_of_epoch = run.step - (epoch - 1) * steps_per_epoch
+        epoch_ends = steps_of_epoch == steps_per_epoch
+        if epoch_ends or steps_of_epoch % args.log_every == 0:
+            means = run.mean_losses(args.log_every)
+            pairs_per_second = round(args.batch_size * run.steps_per_second(), 1)
+            run.log(epoch=epoch, lr=rate, **means, pairs_per_second=pairs_per_second)
+            progress.set_postfix(loss=f"{means['loss']:.3f}", lr=f"{rate:.1e}", refresh=False)
+        if epoch_ends:
+            validate(run, model, validation, epoch)
+            run.start_clock()
+        is_due = args.save_every is not None and steps_of_epoch % args.save_every == 0
+        if epoch_ends or is_due or stop.requested or run.step == last_step:
+            run.save(model, optimizer, scaler)
+        if stop.requested:
+            break
+        if epoch_ends and run.step < last_step:
+            progress.set_description_str(f"epoch {epoch + 1}/{args.epochs}", refresh=False)
+    progress.close()
+
+    # --- --max-steps may end within an epoch: last.pt knows nothing of this validation ---
+    if run.step % steps_per_epoch != 0 and not stop.requested:
+        epoch = run.step // steps_per_epoch + 1
+        validate(run, model, validation, epoch, is_part_of_epoch=True)
 
     # --- How it ended, and what comes next ---
-    if RANK == 0 and stopped:
-        print(f"{signal.Signals(stopped[0]).name} after step {this.step:,}: saved in "
-              f"{this.last_path}; the same command goes on from there.")
+    run.close()
+    if RANK == 0 and stop.requested:
+        print(f"{stop.signal.name} after step {run.step:,}: saved in {run.last_path}; the same "
+              "command resumes from there.")
     elif RANK == 0:
-        own = ["--data-dir", args.data_dir] if {"clotho", "audiocaps"} & {*args.datasets} else [
-            "--dataset", args.validation or args.datasets[0], "--split", "val"]
-        command = shlex.join(map(str, ["--checkpoint", this.best_path, *own]))
-        print(f"Done after step {this.step:,}. Best validation mAP@10 {100 * this.best:.2f} %: "
-              f"{this.best_path}\nNext: python evaluate.py {command}")
-    return 130 if stopped and stopped[0] == signal.SIGINT else 0
+        print(f"Done after step {run.step:,}. Best validation mAP@10 {100 * run.best:.2f} %: "
+              f"{run.best_path}\nNext: {evaluation_command(args, run)}")
+    return stop.exit_status
 
 
-def end_epoch(this: Run, model: DualEncoder, held_out, epoch: int, whole: bool, bar: tqdm) -> None:
-    """Validate, keep the model if it is the best, log, draw: the first process does.
+def progress_over(args, run: Run, batches: PairBatches, last_step: int, pin_memory: bool) -> tqdm:
+    """Return the batches from the run's step on, prepared by workers, as a progress bar."""
 
-    A part of an epoch, which --max-steps has ended, counts only where no whole one was before.
+    def start_worker(number: int) -> None:
+        os.setpgrp()  # Ctrl-C and SIGTERM are for the main process alone.
+        run.leave_to_parent()
+
+    loader = DataLoader(
+        batches, batch_size=None, sampler=range(run.step, last_step), num_workers=args.workers,
+        pin_memory=pin_memory,
+        # A forked worker shares the main process's memory, and starts at once.
+        multiprocessing_context="fork" if args.workers > 0 else None,
+        worker_init_fn=start_worker,
+    )
+    epoch = run.step // len(batches) + 1
+    return tqdm(
+        loader, desc=f"epoch {epoch}/{args.epochs}", total=last_step, initial=run.step,
+        unit="pair", unit_scale=args.batch_size, bar_format=BAR, disable=RANK > 0,
+        # A file is no terminal: there, a line in ten seconds is enough.
+        mininterval=0.5 if sys.stderr.isatty() else 10,
+    )
+
+
+def validate(
+    run: Run, model: DualEncoder, validation: Split, epoch: int, is_part_of_epoch: bool = False
+) -> None:
+    """Embed the validation split, keep the model if it is the best, log, draw; start an epoch.
+
+    The first process does it. A part of an epoch is kept only where there is no best.pt.
     """
-    losses = this.mean_losses()
-    if RANK == 0:
-        sounds = tqdm(held_out.waveforms, "validating", unit="clip", leave=False, disable=None)
-        audio, text = model.embed_audio(sounds), model.embed_text(held_out.captions)
-        metrics = retrieval_metrics(text, audio, [[clip] for clip in held_out.clip_of_caption])
-        metric = metrics["mAP@10"]
-        best = metric >= this.best if whole else this.best < 0  # of equals the later one
-        if best:
-            this.best = metric
-            saved = model.checkpoint() | {"validation": metrics, "epoch": epoch}
-            save_atomically(saved, this.best_path)
-        this.log(epoch=epoch, **losses, validation=metrics)
-        bar.write(f"epoch {epoch:2}: loss {losses['loss']:.3f}, validation mAP@10 "
-                  f"{100 * metric:.2f} %" + " (best so far)" * best)
-        with contextlib.suppress(InputError):  # the run does not depend on its picture
-            write_curves([this.folder], this.folder / "curves.svg")
-    this.losses, this.validated = [], this.step
+    run.check_finite(model)
+    losses = run.mean_losses()
+    run.start_epoch()
+    if RANK > 0:
+        return
+
+    sounds = tqdm(validation.waveforms, "validating", unit="clip", leave=False, disable=None)
+    audio = model.embed_audio(sounds)
+    text = model.embed_text(validation.captions)
+    metrics = retrieval_metrics(text, audio, [[clip] for clip in validation.clip_of_caption])
+    map_at_10 = metrics["mAP@10"]
+
+    # On ties the later epoch is kept.
+    is_best = map_at_10 >= run.best
+    if is_part_of_epoch:
+        is_best = not run.best_path.exists()
+    remark = ""
+    if is_best:
+        remark = " (best so far)"
+        run.best = map_at_10
+        saved = model.checkpoint() | {"validation": metrics, "epoch": epoch}
+        save_atomically(saved, run.best_path)
+
+    run.log(epoch=epoch, **losses, validation=metrics)
+    tqdm.write(
+        f"epoch {epoch:2}: loss {losses['loss']:.3f}, validation mAP@10 {100 * map_at_10:.2f} %"
+        f"{remark}"
+    )
+    with contextlib.suppress(InputError):  # The run does not depend on its picture.
+        write_curves([run.folder], run.folder / "curves.svg")
+
+
+def evaluation_command(args, run: Run) -> str:
+    """Return the command that evaluates the run's best model on data that it can find."""
+    command = ["python", "evaluate.py", "--checkpoint", run.best_path]
+    if "clotho" in args.datasets or "audiocaps" in args.datasets:
+        command += ["--data-dir", args.data_dir]
+    else:
+        command += ["--dataset", args.validation or args.datasets[0], "--split", "val"]
+        if args.cache_dir is None:
+            command += ["--data-dir", args.data_dir]
+    if args.cache_dir is not None:
+        command += ["--cache-dir", args.cache_dir]
+    if args.tokenizer is not None:
+        command += ["--tokenizer", args.tokenizer]
+    return shlex.join(str(word) for word in command)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, RANK)

@@ -554,7 +554,7 @@ def _decode_one(sound_and_target: tuple[Path, Path]) -> tuple[str, int]:
     faults = []
     samples = 0
     try:
-        with replacing(target) as temporary, open(temporary, "wb") as file:
+        with replacing(target, by_many=True) as temporary, open(temporary, "wb") as file:
             _write_npy_header(file, samples)
             for block in stream_audio(path, faults):
                 file.write(to_int16(block).tobytes())

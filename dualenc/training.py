@@ -1,6 +1,7 @@
 """Around the loop in train.py: learning rate, processes, signals, and what a run leaves on disk.
 
-    runs/NAME/log.jsonl   first line: every setting; then a JSON object per step interval and epoch
+    runs/NAME/log.jsonl   first line: every setting, and versions; then a JSON object per interval
+                          of steps and per epoch
     runs/NAME/last.pt     the state of the run: loadable as a model, and all that resuming needs
     runs/NAME/best.pt     the model of the best epoch by validation mAP@10
     runs/NAME/curves.svg  losses, learning rate and validation mAP@10
@@ -8,10 +9,14 @@
 
 import contextlib
 import datetime
+import fcntl
+import importlib.metadata
 import json
 import math
 import os
+import platform
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,16 +26,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dualenc.checkpoints import save_atomically
-from dualenc.errors import InputError, replacing
-
-STOPPED = "stopped, and last.pt is as it was (a lower --max-lr or --precision fp32 may help)"
+from dualenc.errors import InputError
 
 
 def learning_rate(
     step: int, steps_per_epoch: int, warmup_epochs: float, decay_epochs: float, max_lr: float,
     min_lr: float,
 ) -> float:
-    """Linear from min_lr to max_lr over the warm-up, a half cosine back to min_lr, then constant.
+    """Rise linearly from min_lr to max_lr, fall by a half cosine to min_lr, then stay there.
 
     The step counts from 0 over the whole run; the decay begins where the warm-up ends.
     """
@@ -43,19 +46,21 @@ def learning_rate(
 
 
 def seed_of(*numbers: int) -> int:
-    """One seed from several numbers, such as those of run, step and process."""
+    """Make one seed of several numbers, such as those of run, step and process."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
-# --- Processes: one alone, or many that torchrun started ---
+# --- Processes: one alone, or several that torchrun started ---
 
-WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+# torchrun sets both; a RANK without a WORLD_SIZE was set by something else.
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
 # How long the others wait for the first one, which decodes, embeds with the teachers and validates.
 PATIENCE = datetime.timedelta(hours=12)
 
 
 def join_processes(device: torch.device) -> None:
-    """Join the processes that torchrun has started, if there are any; this one uses that device."""
+    """Join the processes that torchrun has started, if there are any; this one uses `device`."""
     if WORLD > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=PATIENCE)
@@ -63,7 +68,10 @@ def join_processes(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def first_process_first() -> Iterator[None]:
-    """The first process enters alone, and the others find made what it has made."""
+    """Run the block in the first process, then in the others, which find its files.
+
+    Such files are decoded sounds and downloads.
+    """
     if RANK > 0:
         dist.barrier()
     yield
@@ -72,108 +80,262 @@ def first_process_first() -> Iterator[None]:
 
 
 def sum_gradients(model: nn.Module) -> None:
-    """Over processes: each has computed the whole batch's loss, and its own rows' gradient."""
+    """Sum gradients over processes.
+
+    Each has back-propagated the loss of the whole batch into its own rows only.
+    """
     if WORLD > 1:
         for work in [dist.all_reduce(p.grad, async_op=True) for p in model.parameters()]:
             work.wait()
 
 
-def stop_signals() -> list[int]:
-    """A list to which the first Ctrl-C or SIGTERM is added; a second of its kind ends the process.
+def report(label: str, fact: object) -> None:
+    """Print one fact about the run; of several processes the first one does."""
+    if RANK == 0:
+        print(f"{label:11} {fact}", flush=True)
 
-    Of many processes each would stop at another step: there, the first one does.
+
+# --- Stopping ---
+
+
+class StopRequest:
+    """The first Ctrl-C or SIGTERM, after which the loop saves and ends; a second ends it at once.
+
+    With several processes signals are not caught: each process would stop at a different step.
     """
-    received: list[int] = []
 
-    def note(number: int, frame) -> None:
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
+    def __init__(self):
+        self.signal: signal.Signals | None = None
+        if WORLD == 1:
+            signal.signal(signal.SIGINT, self._note)
+            signal.signal(signal.SIGTERM, self._note)
 
-    for number in (signal.SIGINT, signal.SIGTERM) if WORLD == 1 else ():
-        signal.signal(number, note)
-    return received
+    def _note(self, number: int, frame) -> None:
+        self.signal = signal.Signals(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        message = (
+            f"\n{self.signal.name}: the step, and at an epoch's end the validation, is finished "
+            "and saved first; another Ctrl-C or SIGTERM ends the run now.\n"
+        )
+        # print() may have been interrupted, and cannot be entered twice.
+        os.write(2, message.encode())
+
+    @property
+    def requested(self) -> bool:
+        return self.signal is not None
+
+    @property
+    def exit_status(self) -> int:
+        """The status with which a shell reports such a signal: 130 or 143; 0 without one."""
+        return 0 if self.signal is None else 128 + self.signal
 
 
-# --- What a run leaves, and how the same command goes on from it ---
+# --- What a run leaves, and how the same command resumes it ---
 
-FREE = {  # settings of how long, where and how a run is made, and those that digests tell better
+# Settings that may change when a run is resumed. Digests of the data and of the teachers, which may
+# not change, say more than their paths.
+FREE = {
     "out", "datasets", "validation", "data_dir", "cache_dir", "device", "workers", "epochs",
     "max_steps", "save_every", "log_every", "micro_batch", "teachers",
 }
+PACKAGES = ("dualenc", "torch", "torchaudio", "hear21passt", "transformers", "numpy", "av")
+NOT_FINITE = (
+    "stopped, and last.pt is as it was; with another --out, try a lower --max-lr or "
+    "--precision fp32"
+)
 
 
 class Run:
-    """A run's folder, and where the run is; an InputError where it holds another one."""
+    """A run's folder, and how far the run is."""
 
     def __init__(self, folder: Path, settings: dict):
-        self.folder, self.log_path = folder, folder / "log.jsonl"
-        self.last_path, self.best_path = folder / "last.pt", folder / "best.pt"
-        self.step, self.validated = 0, 0  # steps made, and those made when it was last validated
+        """Open the folder, which is made where there is none; the first process locks it.
+
+        Args:
+            settings: plain values by name. A run that was saved is resumed with the same ones.
+
+        Raises:
+            InputError: the folder holds a run with other settings, or no run but other files, or
+                another process trains in it, or it cannot be written.
+        """
+        self.folder = folder
+        self.log_path = folder / "log.jsonl"
+        self.last_path = folder / "last.pt"
+        self.best_path = folder / "best.pt"
+        self.step = 0  # steps made
         self.best = -1.0  # the highest validation mAP@10 so far
         self.losses: list[dict[str, float]] = []  # of the epoch's steps
-        self.pending: list[dict[str, Tensor]] = []  # on the device until they are wanted
-        new = json.loads(json.dumps(settings, default=str))
-        if not self.log_path.exists():
-            if folder.exists() and any(folder.iterdir()):
-                raise InputError(f"--out {folder}: holds other files than a run's; name another")
-            with replacing(self.log_path) as temporary:
-                temporary.write_text(json.dumps({"settings": new}) + "\n")
-        old = json.loads(self.log_path.read_text().partition("\n")[0])["settings"]
-        changed = [key for key in old | new if key not in FREE and old.get(key) != new.get(key)]
-        faults = [f"{k}: was {old.get(k)}, now {new.get(k)}" for k in changed]
-        if faults:
-            what = "holds a run with other settings; give its settings, or another --out"
-            raise InputError.of(f"{folder} {what}", faults)
+        self.unread_losses: list[dict[str, Tensor]] = []  # of the newest steps, on the device
+        self.clock = (0, 0.0)  # (step, seconds): where steps are timed from
+
+        settings = json.loads(json.dumps(settings, default=str))
+        self.log_file = self._open_log()
+        if RANK == 0:
+            self._lock()
+        changes = self._changes(settings)
+        if self.last_path.exists():
+            if changes:
+                headline = "holds a run with other settings; give its settings, or another --out"
+                raise InputError.of(f"{folder} {headline}", changes)
+        elif RANK == 0:
+            # No step was saved, so this is a beginning, and the settings may be others.
+            if changes:
+                self._remove_leftovers()
+            self.log_file.truncate(0)
+            self._write_line({"settings": settings, "versions": versions()})
+
+    def _open_log(self):
+        if not self.log_path.exists() and self.folder.exists() and any(self.folder.iterdir()):
+            raise InputError(f"--out {self.folder}: holds other files than a run's; name another")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return open(self.log_path, "a+")
+        except OSError as error:
+            raise InputError(f"--out {self.folder}: cannot be written ({error})") from error
+
+    def _lock(self) -> None:
+        """Lock the log; the system releases the lock of a process that dies."""
+        try:
+            fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"{self.folder}: another process trains here; wait for it, or give another --out"
+            ) from error
+        except OSError:
+            pass  # The file system knows no locks.
+
+    def _changes(self, settings: dict) -> list[str]:
+        """List the settings that are not as in the log and should be."""
+        self.log_file.seek(0)
+        try:
+            logged = json.loads(self.log_file.readline())["settings"]
+        except (ValueError, KeyError):
+            logged = {}  # The log is new, or its first line was never finished.
+        changes = []
+        for key in logged | settings:
+            if key not in FREE and logged.get(key) != settings.get(key):
+                # Digests tell whether teachers are the same, but paths tell a user which they are.
+                shown = "teachers" if key == "teacher_digests" else key
+                was = logged.get(shown)
+                now = settings.get(shown)
+                if was == now:
+                    now = "files of the same names with other contents"
+                changes.append(f"{shown}: was {was}, now {now}")
+        return changes
+
+    def _remove_leftovers(self) -> None:
+        """Remove what a start with other settings left: a model, embeddings of other data."""
+        for path in [self.best_path, *self.folder.glob("teacher-*.pt")]:
+            path.unlink(missing_ok=True)
+
+    def leave_to_parent(self) -> None:
+        """Let go of the log in a forked process, which would hold its lock when the parent dies."""
+        self.log_file.close()
+
+    def close(self) -> None:
+        """Release the folder."""
+        self.log_file.close()
+
+    # --- Resuming and saving ---
 
     def resume(self, model: nn.Module, optimizer, scaler) -> None:
-        """Go on from last.pt, if there is one; the log is cut to its step."""
-        if self.last_path.exists():
-            try:
-                saved = torch.load(self.last_path, "cpu", weights_only=True, mmap=True)
-                state = saved["training"]
-                model.load_state_dict(saved["model"])
-                optimizer.load_state_dict(state["optimizer"])
-                scaler.load_state_dict(state["scaler"])
-            except Exception as error:  # torch.load raises whatever its parsers meet
-                raise InputError(f"{self.last_path}: is damaged; name another --out") from error
-            self.step, self.validated = state["step"], state["validated"]
-            self.best, self.losses = state["best"], state["losses"]
+        """Go back to where last.pt was saved, if there is one; the log is cut to what it held."""
+        if not self.last_path.exists():
+            return
+        try:
+            saved = torch.load(self.last_path, "cpu", weights_only=True, mmap=True)
+            state = saved["training"]
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+            self.step = state["step"]
+            self.best = state["best"]
+            self.losses = state["losses"]
+            log_bytes = state["log_bytes"]
+        except Exception as error:  # torch.load raises whatever its parsers meet.
+            raise InputError(
+                f"{self.last_path}: is damaged, or an earlier version's; name another --out"
+            ) from error
         if RANK == 0:
-            first, *lines = self.log_path.read_text().splitlines(keepends=True)
-            lines = [line for line in lines if line.endswith("\n") and self._past(json.loads(line))]
-            with replacing(self.log_path) as temporary:
-                temporary.write_text("".join([first, *lines]))
-
-    def _past(self, line: dict) -> bool:
-        return line["step"] <= (self.validated if "validation" in line else self.step)
-
-    def add(self, losses: dict[str, Tensor]) -> None:
-        """Note the losses of a step that has been made."""
-        self.pending.append({name: value.detach() for name, value in losses.items()})
-        self.step += 1
-
-    def mean_losses(self, last: int | None = None) -> dict[str, float]:
-        """Over the last so many steps of the epoch, or all; a loss not finite is an InputError."""
-        for step, losses in enumerate(self.pending, start=self.step - len(self.pending) + 1):
-            self.losses.append({name: value.item() for name, value in losses.items()})
-            if not math.isfinite(self.losses[-1]["loss"]):
-                raise InputError(f"step {step}: the loss is {self.losses[-1]['loss']}; {STOPPED}")
-        self.pending = []
-        chosen = self.losses[-last:] if last else self.losses
-        return {name: sum(v[name] for v in chosen) / len(chosen) for name in chosen[0]}
-
-    def log(self, **values) -> None:
-        if RANK == 0:
-            with open(self.log_path, "a") as file:
-                file.write(json.dumps({"step": self.step, **values}) + "\n")
+            self.log_file.truncate(log_bytes)
 
     def save(self, model: nn.Module, optimizer, scaler) -> None:
-        """Write last.pt, unless a loss, or a weight after a finite loss, is not finite."""
-        if self.pending:
-            self.mean_losses()
-        if not all(weights.isfinite().all() for weights in model.parameters()):
-            raise InputError(f"step {self.step}: its weights are not finite; {STOPPED}")
-        training = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        training |= {key: getattr(self, key) for key in ("step", "validated", "best", "losses")}
+        """Write last.pt, unless a loss or a weight is not finite, which is an InputError."""
+        self.check_finite(model)
+        if RANK > 0:
+            return
+        training = {
+            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": self.step,
+            "best": self.best, "losses": self.losses,
+            "log_bytes": self.log_path.stat().st_size,
+        }
+        save_atomically(model.checkpoint() | {"training": training}, self.last_path)
+
+    def check_finite(self, model: nn.Module) -> None:
+        """Raise an InputError where a loss, or a weight after finite losses, is not finite."""
+        self._read_losses()
+        are_finite = [weights.isfinite().all() for weights in model.parameters()]
+        if not torch.stack(are_finite).all():
+            raise InputError(f"step {self.step}: the weights are not finite; {NOT_FINITE}")
+
+    # --- Losses and the log ---
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        """Note the losses of a step that has been made; to read them now would force a sync."""
+        self.unread_losses.append({name: value.detach() for name, value in losses.items()})
+        self.step += 1
+
+    def _read_losses(self) -> None:
+        first = self.step - len(self.unread_losses) + 1
+        for step, losses in enumerate(self.unread_losses, start=first):
+            values = {name: value.item() for name, value in losses.items()}
+            if not math.isfinite(values["loss"]):
+                raise InputError(f"step {step}: the loss is {values['loss']}; {NOT_FINITE}")
+            self.losses.append(values)
+        self.unread_losses = []
+
+    def mean_losses(self, last_steps: int | None = None) -> dict[str, float]:
+        """Average each loss over the last so many steps of the epoch, or over all of them.
+
+        Raises:
+            InputError: a loss is not finite.
+        """
+        self._read_losses()
+        steps = self.losses if last_steps is None else self.losses[-last_steps:]
+        return {name: sum(losses[name] for losses in steps) / len(steps) for name in steps[0]}
+
+    def start_epoch(self) -> None:
+        """Forget the losses of the epoch before."""
+        self.losses = []
+
+    def start_clock(self) -> None:
+        """Time the steps from here on, without what came before them, such as a validation."""
+        self.clock = (self.step, time.perf_counter())
+
+    def steps_per_second(self) -> float:
+        """Return the speed since the clock was started, and start it anew."""
+        step, seconds = self.clock
+        self.start_clock()
+        return (self.step - step) / (self.clock[1] - seconds)
+
+    def log(self, **values) -> None:
+        """Append a line to the log: the step, the time, and these values."""
         if RANK == 0:
-            save_atomically(model.checkpoint() | {"training": training}, self.last_path)
+            now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+            self._write_line({"step": self.step, "time": now, **values})
+
+    def _write_line(self, values: dict) -> None:
+        self.log_file.write(json.dumps(values) + "\n")
+        self.log_file.flush()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python, this package and the libraries that numbers depend on."""
+    version_of = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            version_of[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            version_of[package] = "not installed"  # dualenc, where it is run from its folder
+    return version_of

@@ -6,6 +6,7 @@ is at full size, 441.5 M parameters: some 20 GB of memory and of disk. Options a
 of training: --micro-batch 8 takes half the memory.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -23,72 +24,154 @@ from conftest import noise, write_csv, write_wav  # noqa: E402
 from hear21passt.models import passt  # noqa: E402
 from transformers import RobertaConfig, RobertaForMaskedLM, RobertaTokenizer  # noqa: E402
 
-from dualenc import errors, model, text  # noqa: E402
+import train  # noqa: E402
+from dualenc.errors import run_command  # noqa: E402
+from dualenc.model import PRESETS, DualEncoder  # noqa: E402
+from dualenc.text import train_bpe  # noqa: E402
 
-PASST = "torch/hub/checkpoints/passt-s-f128-p16-s16-ap.468.pt"
-SIZES = "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"
-LARGE, SMALL = (50_265, 1024, 24, 16, 4096), (1000, 64, 2, 1, 96)  # of a RoBERTa
-
-
-def write_stand_ins(folder: Path, depth: int, sizes: tuple) -> None:
-    """What would be downloaded, with random weights; small Clotho and AudioCaps as unpacked."""
-    (folder / PASST).parent.mkdir(parents=True)
-    shape = dict(img_size=(128, 998), patch_size=16, stride=16, embed_dim=768, num_heads=12)
-    whole = passt.PaSST(**shape, depth=depth, num_classes=527, distilled=True)
-    torch.save(whole.state_dict(), folder / PASST)
-    shape = dict(zip(SIZES, sizes, strict=True), max_position_embeddings=514, type_vocab_size=1)
-    tokenizer = text.train_bpe(["a dog barks and rain falls"], 1000)
-    RobertaForMaskedLM(RobertaConfig(**shape)).save_pretrained(folder / "roberta-large")
-    RobertaTokenizer(tokenizer_object=tokenizer).save_pretrained(folder / "roberta-large")
-    for split, clips in {"development": 13, "validation": 1, "evaluation": 2}.items():
-        rows = [[f"{i}.wav", *(f"{split} {i} {j}" for j in range(5))] for i in range(clips)]
-        header = ["file_name", *(f"caption_{i}" for i in range(1, 6))]
-        write_csv(folder / f"data/clotho_captions_{split}.csv", header, rows)
-        for seed, (name, *_) in enumerate(rows):
-            write_wav(folder / "data" / split / name, noise(1, seed))
-    for split in ("train", "val", "test"):
-        header = ["audiocap_id", "youtube_id", "start_time", "caption"]
-        write_csv(folder / f"data/csv_files_v1/{split}.csv", header, [["7", split, "30", "a dog"]])
-        write_wav(folder / f"data/audio_32000Hz/{split}/{split}_30.wav", noise(1))
+PASST_FILE = "torch/hub/checkpoints/passt-s-f128-p16-s16-ap.468.pt"
+LARGE = {  # RoBERTa-large
+    "vocab_size": 50_265, "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "intermediate_size": 4096,
+}
+SMALL = {
+    "vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1,
+    "intermediate_size": 96,
+}
 
 
-def commands(folder: Path, *options: str) -> list[list[str]]:
+# --- Stand-ins ---
+
+
+def write_published_passt(path: Path, depth: int) -> None:
+    """Write what would be downloaded, with random weights and so many of PaSST's 12 layers."""
+    path.parent.mkdir(parents=True)
+    whole = passt.PaSST(
+        img_size=(128, 998), patch_size=16, stride=16, embed_dim=768, num_heads=12, depth=depth,
+        num_classes=527, distilled=True,
+    )
+    torch.save(whole.state_dict(), path)
+
+
+def write_published_roberta(folder: Path, sizes: dict[str, int]) -> None:
+    """Write what would be downloaded, with random weights and a small vocabulary."""
+    config = RobertaConfig(**sizes, max_position_embeddings=514, type_vocab_size=1)
+    RobertaForMaskedLM(config).save_pretrained(folder)
+    tokenizer = train_bpe(["a dog barks and rain falls"], 1000)
+    RobertaTokenizer(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+def write_clotho(folder: Path) -> None:
+    """Write a small Clotho as its archives unpack."""
+    for part, clips in {"development": 13, "validation": 1, "evaluation": 2}.items():
+        rows = []
+        for clip in range(clips):
+            write_wav(folder / part / f"{clip}.wav", noise(1, seed=clip))
+            captions = [f"{part} {clip} {number}" for number in range(5)]
+            rows.append([f"{clip}.wav", *captions])
+        header = ["file_name", *(f"caption_{number}" for number in range(1, 6))]
+        write_csv(folder / f"clotho_captions_{part}.csv", header, rows)
+
+
+def write_audiocaps(folder: Path) -> None:
+    """Write a small AudioCaps as aac-datasets leaves it."""
+    header = ["audiocap_id", "youtube_id", "start_time", "caption"]
+    for part in ("train", "val", "test"):
+        write_wav(folder / "audio_32000Hz" / part / f"{part}_30.wav", noise(1))
+        write_csv(folder / "csv_files_v1" / f"{part}.csv", header, [["7", part, "30", "a dog"]])
+
+
+def write_stand_ins(folder: Path, passt_depth: int, roberta_sizes: dict[str, int]) -> None:
+    write_published_passt(folder / PASST_FILE, passt_depth)
+    write_published_roberta(folder / "roberta-large", roberta_sizes)
+    write_clotho(folder / "data")
+    write_audiocaps(folder / "data")
+
+
+def commands(folder: Path, *more: str) -> list[list[str]]:
     """README's three commands, and a second teacher's; the runs' folders are the default ones."""
-    options = ["--data-dir", f"{folder}/data", "--max-steps", "1", "--workers", "0", *options]
-    first = ["train.py", "--datasets", "clotho", "audiocaps"]
-    first += ["--text-model", f"{folder}/roberta-large", *options]
+    data = ["--data-dir", f"{folder}/data"]
+    training = [*data, "--max-steps", "1", "--workers", "0", *more]
+    teacher = ["train.py", "--datasets", "clotho", "audiocaps"]
+    teacher += ["--text-model", f"{folder}/roberta-large", *training]
     teachers = [f"runs/contrastive-clotho-audiocaps-seed{seed}/best.pt" for seed in (0, 1)]
-    return [first, [*first, "--seed", "1"], ["distill.py", "--teachers", *teachers, *options],
-            ["evaluate.py", "--split", "test", *options[:2]]]
+    return [
+        teacher,
+        [*teacher, "--seed", "1"],
+        ["distill.py", "--teachers", *teachers, *training],
+        ["evaluate.py", "--split", "test", *data],
+    ]
 
 
-def test_the_readmes_commands_with_every_default(tmp_path, monkeypatch, capfd):
-    # One layer of PaSST's twelve and a small RoBERTa: names, files and code are the real ones.
-    preset = dataclasses.replace(model.PRESETS["report"], audio_depth=1)
-    monkeypatch.setitem(model.PRESETS, "report", preset)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.chdir(tmp_path)
-    write_stand_ins(tmp_path, 1, SMALL)
-    capfd.readouterr()
-    for command in commands(tmp_path):
-        monkeypatch.setattr(sys, "argv", command)
-        with pytest.raises(SystemExit) as ended:
-            errors.run_command(importlib.import_module(command[0].removesuffix(".py")).main)
-        printed = "".join(capfd.readouterr())
-        noises = "UNEXPECTED", "Warning", "Loading", "self.norm", "Traceback"
-        assert not (ended.value.code or any(noise in printed for noise in noises)), printed
-    assert "Clotho + AudioCaps, distilled" in printed and "mAP@10" in printed  # the newest run
-    run = Path("runs/contrastive-clotho-audiocaps-seed0")
-    settings = json.loads((run / "log.jsonl").read_text().partition("\n")[0])["settings"]
-    expected = {"batch_size": 64, "epochs": 20, "max_lr": 2e-5, "min_lr": 1e-7}
+# --- The rehearsal ---
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory) -> Path:
+    """The folder in which the commands have run; printed.txt there holds what they printed.
+
+    One layer of PaSST's twelve, a small RoBERTa and batches of eight: names, files and code are the
+    real ones.
+    """
+    folder = tmp_path_factory.mktemp("rehearsal")
+    write_stand_ins(folder, 1, SMALL)
+    with pytest.MonkeyPatch.context() as patch, open(folder / "printed.txt", "w") as printed:
+        patch.setitem(PRESETS, "report", dataclasses.replace(PRESETS["report"], audio_depth=1))
+        patch.setenv("TORCH_HOME", str(folder / "torch"))
+        patch.chdir(folder)
+        for command in commands(folder, "--batch-size", "8"):
+            patch.setattr(sys, "argv", command)
+            script = importlib.import_module(command[0].removesuffix(".py"))
+            with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+                with pytest.raises(SystemExit) as ended:
+                    run_command(script.main)
+            assert not ended.value.code, (folder / "printed.txt").read_text()
+    return folder
+
+
+def test_the_libraries_noise_does_not_reach_a_user(rehearsal):
+    printed = (rehearsal / "printed.txt").read_text()
+    for noise_of_libraries in ("UNEXPECTED", "Warning", "Loading", "self.norm", "Traceback"):
+        assert noise_of_libraries not in printed
+
+
+def test_evaluate_takes_the_newest_run(rehearsal):
+    printed = (rehearsal / "printed.txt").read_text()
+    table = printed.rpartition("Next: python evaluate.py")[2]
+    assert "mAP@10" in table
+    assert "Clotho + AudioCaps, distilled" in table
+
+
+def test_a_student_has_a_folder_named_by_its_teachers_data(rehearsal):
+    assert (rehearsal / "runs/distilled-clotho-from-audiocaps-clotho-seed0/best.pt").is_file()
+
+
+def test_the_defaults_are_the_reports_and_the_baselines(rehearsal, monkeypatch):
+    log = rehearsal / "runs/contrastive-clotho-audiocaps-seed0/log.jsonl"
+    settings = json.loads(log.read_text().partition("\n")[0])["settings"]
+    expected = {
+        "epochs": 20, "max_lr": 2e-5, "min_lr": 1e-7, "warmup_epochs": 1, "decay_epochs": 15,
+        "captions_per_clip": 1, "precision": "fp32", "preset": "report",
+    }
     assert settings | expected == settings
-    trained = model.DualEncoder.load(run)
-    assert (trained.config.text_dropout, trained.config.patchout) == (0.2, (2, 15))
-    published = torch.load(PASST, weights_only=True)
-    published |= RobertaForMaskedLM.from_pretrained("roberta-large").roberta.state_dict()
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert train.parse_arguments().batch_size == 64
+
+
+def test_the_model_regularises_as_the_baseline(rehearsal):
+    config = DualEncoder.load(rehearsal / "runs/contrastive-clotho-audiocaps-seed0").config
+    assert config.text_dropout == 0.2
+    assert config.patchout == (2, 15)
+
+
+def test_training_starts_from_the_published_weights(rehearsal):
+    trained = DualEncoder.load(rehearsal / "runs/contrastive-clotho-audiocaps-seed0")
+    roberta = RobertaForMaskedLM.from_pretrained(rehearsal / "roberta-large").roberta
+    published = torch.load(rehearsal / PASST_FILE, weights_only=True) | roberta.state_dict()
     for part in (trained.audio.passt, trained.text.roberta):
-        for name, value in part.state_dict().items():  # one step at 1e-7 moves a weight by 1e-7
-            torch.testing.assert_close(value, published[name], rtol=0, atol=1e-6)
+        for name, weights in part.state_dict().items():
+            # The one step, at a learning rate of 1e-7, moves a weight by 1e-7.
+            torch.testing.assert_close(weights, published[name], rtol=0, atol=1e-6)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
 """Training: a step by a second route, resuming, stopping, what chooses the best epoch, stage 2."""
 
 import dataclasses
+import datetime
+import fcntl
 import functools
+import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
 import re
 import signal
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +23,11 @@ from torch import nn
 
 import distill
 import train
-from dualenc import DualEncoder
+from dualenc import DualEncoder, checkpoints, training
 from dualenc.data import PairBatches, decode_splits, read_split
-from dualenc.errors import InputError
+from dualenc.errors import InputError, reason_of
 from dualenc.losses import contrastive_loss
-from dualenc.model import PRESETS, DualEncoderConfig
+from dualenc.model import PRESETS
 from dualenc.page import write_curves
 from dualenc.training import learning_rate
 
@@ -293,6 +296,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(data, tmp_path, monkeypatch):
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_resuming_cuts_the_validation_of_a_part_of_an_epoch_from_the_log(
+    data, tmp_path, monkeypatch
+):
+    run_train(monkeypatch, data, tmp_path / "run", "--max-steps", 1)
+    assert "validation" in log_of(tmp_path / "run")[-1]
+    run_train(monkeypatch, data, tmp_path / "run", "--max-steps", STEPS_PER_EPOCH)
+    steps = [line["step"] for line in log_of(tmp_path / "run") if "validation" in line]
+    assert steps == [STEPS_PER_EPOCH]
+
+
 def test_scaled_gradients_make_the_same_steps(data, tmp_path, monkeypatch):
     without_dropout(monkeypatch)
     run_train(monkeypatch, data, tmp_path / "plain")
@@ -303,65 +316,104 @@ def test_scaled_gradients_make_the_same_steps(data, tmp_path, monkeypatch):
         torch.testing.assert_close(weights, plain[name], rtol=0, atol=1e-7)
 
 
-def train_in_child(preset: DualEncoderConfig, threads: int, arguments: list[str]) -> None:
-    PRESETS["tiny"] = preset
-    torch.set_num_threads(threads)
-    sys.argv = ["train.py", "--preset", "tiny", *arguments]
-    train.main()
+class Killed(BaseException):
+    """What ends a run in the midst of things, in this process."""
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_been(data, tmp_path, monkeypatch):
-    # One server imports torch and forks every child: an import costs more than a run.
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["train"])
+@pytest.mark.parametrize(
+    ("module", "interrupted"),
+    [
+        (train, "retrieval_metrics"),  # in the validation
+        (train, "save_atomically"),  # before best.pt is written
+        (training, "save_atomically"),  # after the validation, before last.pt is written
+    ],
+)
+def test_a_run_killed_at_an_epochs_end_repeats_the_steps_since_last_pt(
+    data, tmp_path, monkeypatch, module, interrupted
+):
+    def kill(*arguments):
+        raise Killed
+
     run_train(monkeypatch, data, tmp_path / "whole")
-    log = tmp_path / "killed" / "log.jsonl"
-    arguments = options(data, tmp_path / "killed", "--save-every", 1)
-    for lines in (2, 4):  # It is killed once its log has more, wherever it then is.
-        settings = (PRESETS["tiny"], torch.get_num_threads(), arguments)
-        child = processes.Process(target=train_in_child, args=settings)
-        child.start()
-        while child.is_alive() and not (log.exists() and log.read_bytes().count(b"\n") > lines):
-            time.sleep(0.005)
-        child.kill()
-        child.join()
-    run_train(monkeypatch, data, tmp_path / "killed", "--save-every", 1)
+    run_train(monkeypatch, data, tmp_path / "killed", "--max-steps", 2)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(module, interrupted, kill)
+        run_train(patch, data, tmp_path / "killed")
+    assert last(tmp_path / "killed")["training"]["step"] == 2
+    run_train(monkeypatch, data, tmp_path / "killed")
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
-def test_a_signal_ends_the_run_after_the_step(
-    data, tmp_path, monkeypatch, capsys, number, status
-):
+def signal_in_step(monkeypatch, number: int, signalled_step: int) -> None:
+    """Have the process receive a signal while the run's n-th step is under way."""
     contrastive = train.contrastive
+    steps = itertools.count(start=1)
 
     def contrastive_and_signal(*arguments):
-        os.kill(os.getpid(), number)
+        if next(steps) == signalled_step:
+            os.kill(os.getpid(), number)
         return contrastive(*arguments)
 
-    run_train(monkeypatch, data, tmp_path / "whole")
     monkeypatch.setattr(train, "contrastive", contrastive_and_signal)
-    assert run_train(monkeypatch, data, tmp_path / "ended") == status
-    assert f"{number.name} after step 1: saved in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_after_the_step(data, tmp_path, monkeypatch, capfd, number, status):
+    run_train(monkeypatch, data, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        signal_in_step(patch, number, 1)
+        assert run_train(patch, data, tmp_path / "ended") == status
+    printed = capfd.readouterr()
+    assert f"{number.name}: the step, and at an epoch's end the validation, is" in printed.err
+    assert "another Ctrl-C or SIGTERM ends the run now" in printed.err
+    assert f"{number.name} after step 1: saved in" in printed.out
     assert last(tmp_path / "ended")["training"]["step"] == 1
-    monkeypatch.setattr(train, "contrastive", contrastive)
     run_train(monkeypatch, data, tmp_path / "ended")
+    assert "last.pt, after step 1 of 6" in capfd.readouterr().out
     assert_same_run(tmp_path / "whole", tmp_path / "ended")
+
+
+def test_a_signal_in_the_last_step_of_an_epoch_waits_for_the_validation(
+    data, tmp_path, monkeypatch
+):
+    signal_in_step(monkeypatch, signal.SIGTERM, STEPS_PER_EPOCH)
+    assert run_train(monkeypatch, data, tmp_path / "run") == 143
+    assert last(tmp_path / "run")["training"]["step"] == STEPS_PER_EPOCH
+    assert "validation" in log_of(tmp_path / "run")[-1]
+
+
+def look_at_the_worker(monkeypatch, data: Path, out: Path, look) -> None:
+    """Train one step with one data worker, and call `look` with its process id meanwhile."""
+    contrastive = train.contrastive
+
+    def contrastive_and_look(*arguments):
+        [worker] = multiprocessing.active_children()
+        look(worker.pid)
+        return contrastive(*arguments)
+
+    monkeypatch.setattr(train, "contrastive", contrastive_and_look)
+    run_train(monkeypatch, data, out, "--workers", 1, "--max-steps", 1)
 
 
 def test_a_signal_to_the_whole_group_does_not_reach_the_data_workers(data, tmp_path, monkeypatch):
     groups = []
-    contrastive = train.contrastive
-
-    def look_at_worker(*arguments):
-        [worker] = multiprocessing.active_children()
-        groups.append((os.getpgid(worker.pid), worker.pid))
-        return contrastive(*arguments)
-
-    monkeypatch.setattr(train, "contrastive", look_at_worker)
-    run_train(monkeypatch, data, tmp_path / "run", "--workers", 1, "--max-steps", 1)
-    [(group, worker)] = groups
+    look_at_the_worker(
+        monkeypatch, data, tmp_path / "run", lambda pid: groups.append((pid, os.getpgid(pid)))
+    )
+    [(worker, group)] = groups
     assert group == worker
+
+
+def test_a_data_worker_that_outlives_its_run_does_not_lock_the_folder(data, tmp_path, monkeypatch):
+    open_files = []
+
+    def list_open_files(pid: int) -> None:
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            open_files.append(os.path.basename(os.readlink(descriptor)))
+
+    look_at_the_worker(monkeypatch, data, tmp_path / "run", list_open_files)
+    assert open_files
+    assert "log.jsonl" not in open_files
 
 
 # --- What chooses the best epoch ---
@@ -438,6 +490,18 @@ def test_best_pt_holds_the_weights_of_its_epoch(data, tmp_path, monkeypatch):
         assert torch.equal(weights, epoch_1[name]), name
 
 
+def test_a_part_of_an_epoch_is_kept_only_where_there_is_no_best(data, tmp_path, monkeypatch):
+    set_validation_ranks(monkeypatch, (2, 2, 2), (1, 1, 1), (1, 1, 1), (2, 2, 2))
+    run_train(monkeypatch, data, tmp_path / "run", "--max-steps", 3)
+    run_train(monkeypatch, data, tmp_path / "run", "--max-steps", 4)
+    assert best(tmp_path / "run")["epoch"] == 1
+    # Where it was kept, the first whole epoch replaces it, even a worse one.
+    run_train(monkeypatch, data, tmp_path / "short", "--max-steps", 2)
+    assert best(tmp_path / "short")["validation"]["R@1"] == 1
+    run_train(monkeypatch, data, tmp_path / "short", "--max-steps", 3)
+    assert best(tmp_path / "short")["validation"]["R@1"] == 0
+
+
 # --- What stops a run, and what it keeps ---
 
 
@@ -445,7 +509,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, monkeypatch):
     run_train(monkeypatch, data, tmp_path / "run", "--max-steps", 3)
     before = (tmp_path / "run" / "last.pt").read_bytes()
     monkeypatch.setattr(train, "contrastive", lambda a, t, *rest: {"loss": (a * np.nan).sum()})
-    with pytest.raises(InputError, match="step 4: the loss is nan.*last.pt is as it was"):
+    message = "step 4: the loss is nan.*last.pt is as it was.*another --out"
+    with pytest.raises(InputError, match=message):
         run_train(monkeypatch, data, tmp_path / "run")
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
 
@@ -487,6 +552,109 @@ def test_other_settings_are_refused_with_both_values(data, tmp_path, monkeypatch
         run_train(monkeypatch, data, tmp_path / "run", "--max-lr", 0.5)
 
 
+def test_a_temporary_file_of_a_killed_write_is_replaced(data, tmp_path, monkeypatch):
+    run_train(monkeypatch, data, tmp_path / "run", "--max-steps", 1)
+    (tmp_path / "run" / ".last.pt.tmp").write_bytes(b"half")
+    run_train(monkeypatch, data, tmp_path / "run", "--max-steps", 2)
+    assert not list((tmp_path / "run").glob(".*"))
+    assert last(tmp_path / "run")["training"]["step"] == 2
+
+
+def test_a_run_without_a_step_may_begin_again_with_other_settings(data, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="is needed"):
+        patch.setattr(train, "decode_splits", failing_decoder)
+        run_train(patch, data, tmp_path / "run")
+    run_train(monkeypatch, data, tmp_path / "run", "--max-lr", 0.5, "--max-steps", 1)
+    first_line = (tmp_path / "run" / "log.jsonl").read_text().partition("\n")[0]
+    assert json.loads(first_line)["settings"]["max_lr"] == 0.5
+
+
+def failing_decoder(splits, cache_dir) -> None:
+    raise InputError("a sound is needed")
+
+
+def test_a_second_process_in_the_folder_is_refused(data, tmp_path, monkeypatch):
+    run_train(monkeypatch, data, tmp_path / "run", "--max-steps", 1)
+    with open(tmp_path / "run" / "log.jsonl") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="run: another process trains here"):
+            run_train(monkeypatch, data, tmp_path / "run")
+    run_train(monkeypatch, data, tmp_path / "run", "--max-steps", 2)
+    assert last(tmp_path / "run")["training"]["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "number"),
+    [
+        ("--batch-size", "0"), ("--captions-per-clip", "0"), ("--micro-batch", "-1"),
+        ("--workers", "-1"), ("--epochs", "0"), ("--max-steps", "0"), ("--max-lr", "-1e-5"),
+        ("--max-lr", "nan"), ("--min-lr", "-1"), ("--warmup-epochs", "-1"),
+        ("--decay-epochs", "inf"), ("--seed", "-1"), ("--log-every", "0"), ("--save-every", "x"),
+    ],
+)
+def test_a_number_that_makes_no_sense_is_refused_before_anything_is_written(
+    data, tmp_path, monkeypatch, option, number
+):
+    with pytest.raises(InputError, match=f"argument {option}: {number}: a .*number .*is needed"):
+        run_train(monkeypatch, data, tmp_path / "run", f"{option}={number}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_data_worker_that_dies_is_one_line(data, tmp_path, monkeypatch):
+    def die(self, step):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(PairBatches, "__getitem__", die)
+    with pytest.raises(RuntimeError) as error:
+        run_train(monkeypatch, data, tmp_path / "run", "--workers", 1)
+    assert "--workers 0" in reason_of(error.value)
+    assert "/dev/shm" in reason_of(error.value)
+
+
+def test_a_rank_without_a_world_size_counts_for_nothing(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    spec = importlib.util.spec_from_file_location("fresh", training.__file__)
+    fresh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh)
+    assert (fresh.RANK, fresh.WORLD) == (0, 1)
+
+
+# --- What a run says ---
+
+
+def test_the_logs_first_line_has_settings_and_versions(data, tmp_path, monkeypatch):
+    run_train(monkeypatch, data, tmp_path / "run", "--max-steps", 1)
+    first_line = json.loads((tmp_path / "run" / "log.jsonl").read_text().partition("\n")[0])
+    assert first_line["settings"]["batch_size"] == 4
+    assert first_line["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert first_line["versions"]["python"] == sys.version.split()[0]
+
+
+def test_lines_of_the_log_have_time_and_speed(data, tmp_path, monkeypatch):
+    began = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
+    run_train(monkeypatch, data, tmp_path / "run", "--max-steps", 2)
+    ended = datetime.datetime.now(datetime.UTC)
+    text = (tmp_path / "run" / "log.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()[1:]]
+    times = [datetime.datetime.fromisoformat(line["time"]) for line in lines]
+    assert began <= times[0] <= times[-1] <= ended
+    speeds = [line["pairs_per_second"] for line in lines if "lr" in line]
+    assert len(speeds) == 2
+    seconds = sum(4 / speed for speed in speeds)
+    assert 0 < seconds < (ended - began).total_seconds()
+
+
+def test_the_next_command_finds_the_data(data, tmp_path, monkeypatch, capsys):
+    more = ["--cache-dir", data / "cache", "--max-steps", 1]
+    run_train(monkeypatch, data, tmp_path / "run", *more)
+    expected = (
+        f"Next: python evaluate.py --checkpoint {tmp_path}/run/best.pt --data-dir {data} "
+        f"--cache-dir {data}/cache\n"
+    )
+    assert capsys.readouterr().out.endswith(expected)
+
+
 # --- Stage 2 ---
 
 TAU = 0.05
@@ -513,6 +681,7 @@ def stop_before_the_loop(monkeypatch) -> dict:
 
     def loop(args, run, model, batches, validation, loss_fn) -> int:
         given.update(run=run, model=model, batches=batches, loss_fn=loss_fn)
+        run.close()
         return 0
 
     monkeypatch.setattr(distill, "train", loop)
@@ -628,6 +797,49 @@ def test_the_student_has_seen_what_its_teachers_have(data, tmp_path, monkeypatch
     given = stop_before_the_loop(monkeypatch)
     run_distill(monkeypatch, data, tmp_path / "run", teachers)
     assert given["model"].trained_on == ["audiocaps/train", "clotho/development", "wavcaps/train"]
+
+
+def test_other_teachers_are_refused_by_name(data, tmp_path, monkeypatch, teachers):
+    run_distill(monkeypatch, data, tmp_path / "run", teachers, "--max-steps", 1)
+    with pytest.raises(InputError, match="teachers: was .*teacher3.pt.*, now .*teacher4.pt"):
+        run_distill(monkeypatch, data, tmp_path / "run", teachers[::-1])
+
+
+def test_teachers_may_move(data, tmp_path, monkeypatch, teachers):
+    run_distill(monkeypatch, data, tmp_path / "run", teachers, "--max-steps", 1)
+    moved = teachers[0].rename(tmp_path / "moved.pt")
+    run_distill(monkeypatch, data, tmp_path / "run", [moved, teachers[1]], "--max-steps", 2)
+    assert last(tmp_path / "run")["training"]["step"] == 2
+
+
+def test_a_students_folder_is_named_by_what_its_teachers_have_seen(
+    data, tmp_path, monkeypatch, teachers
+):
+    monkeypatch.chdir(tmp_path)
+    given = stop_before_the_loop(monkeypatch)
+    arguments = options(data, tmp_path / "run")
+    position = arguments.index("--out")
+    del arguments[position : position + 2]
+    run_script(monkeypatch, distill, ["--teachers", str(teachers[0]), *arguments])
+    assert given["run"].folder == Path("runs/distilled-clotho-from-clotho-tiny-seed0")
+    saved = torch.load(teachers[1], weights_only=True)
+    torch.save(saved | {"trained_on": ["audiocaps/val", "clotho/development"]}, teachers[1])
+    run_script(monkeypatch, distill, ["--teachers", *map(str, teachers), *arguments])
+    folder = Path("runs/distilled-clotho-from-audiocaps-clotho-tiny-seed0")
+    assert given["run"].folder == folder
+
+
+def test_published_checkpoints_can_teach(data, tmp_path, monkeypatch, teachers):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    fetched = checkpoints.PUBLISHED["salsa"].path()
+    fetched.parent.mkdir(parents=True)
+    teachers[0].rename(fetched)
+    given = stop_before_the_loop(monkeypatch)
+    run_distill(monkeypatch, data, tmp_path / "run", ["salsa"])
+    student = given["model"].state_dict()
+    for name, weights in DualEncoder.load(fetched).state_dict().items():
+        assert torch.equal(student[name], weights), name
 
 
 def test_stage_2_trains_on_clotho_alone(monkeypatch):
