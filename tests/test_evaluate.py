@@ -664,7 +664,7 @@ BAD = [  # script, its options, what the line says
     (train, f"{TRAIN} nowhere", "nowhere: no data set"),
     (train, f"{TRAIN} here/mine --batch-size 99", "--batch-size 99: at most the 4 pairs"),
     (train, f"{TRAIN} here/mine --out here", "holds other files than a run's"),
-    (train, f"{TRAIN} here/mine --device cuda:9", "--device cuda:9: cannot be used"),
+    (train, f"{TRAIN} here/mine --device cuda:9", "device cuda:9: cannot be used"),
     (train, f"{TRAIN} here/mine --init gone.pt", "gone.pt: no such checkpoint"),
     (train, f"{TRAIN} here/mine --init here/mine/0.wav", "is damaged or no checkpoint"),
     (train, f"{TRAIN} here/mine --frobnicate", "unrecognized arguments"),
