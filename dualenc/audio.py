@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchaudio
-from hear21passt.models import passt
 from hear21passt.models.preprocess import AugmentMelSTFT
 from torch import Tensor, nn
 
@@ -147,7 +146,7 @@ class Attention(nn.Module):
     In bf16 on a CPU it is written out: a block then takes 20 ms, with the fused kernel 48.
     """
 
-    def __init__(self, plain: passt.Attention):
+    def __init__(self, plain: nn.Module):
         super().__init__()
         self.heads, self.qkv, self.proj = plain.num_heads, plain.qkv, plain.proj
 
@@ -174,6 +173,10 @@ class AudioTower(nn.Module):
         self, width: int, depth: int, heads: int, patch: tuple[int, int], patchout: tuple[int, int]
     ):
         super().__init__()
+        # Imported where a tower is made, since it imports all of timm and torchvision: half of the
+        # time of `import dualenc`, for which `--help` and bad input need not wait.
+        from hear21passt.models import passt
+
         passt.first_RUN = False  # Otherwise hear21passt prints every shape of its first forward.
         self.mel = LogMel()
         self.passt = passt.PaSST(
