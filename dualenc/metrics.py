@@ -74,7 +74,8 @@ def ranks(text: Tensor, audio: Tensor, relevant: Sequence[Sequence[int]]) -> lis
         ranks_before |= is_tie & (candidate < target[pairs, None])
         # NumPy counts true values several times faster than torch sums them.
         rank[pairs] = 1 + torch.from_numpy(np.count_nonzero(ranks_before.numpy(), axis=1))
-    return [ranks_of_query.sort().values for ranks_of_query in rank.split(pairs_per_query)]
+    ascending = np.lexsort((rank, query))  # by query, and for each query by rank
+    return list(rank[ascending].split(pairs_per_query))
 
 
 def query_metrics(ranks: Sequence[Tensor]) -> dict[str, Tensor]:

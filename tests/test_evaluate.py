@@ -537,13 +537,14 @@ def test_every_member_of_an_ensemble_is_looked_at(here, monkeypatch):
 
 
 def test_allow_seen_marks_the_row(here, monkeypatch, capsys, known_embeddings):
-    options = ["--checkpoint", "c.pt", "seen.pt", "--allow-seen", "--json", "seen.json"]
-    run_evaluate(here, monkeypatch, *options)
+    models = ["--checkpoint", "c.pt", "seen.pt", "--ensemble", "a.pt", "seen.pt"]
+    run_evaluate(here, monkeypatch, *models, "--allow-seen", "--json", "seen.json")
     labels = [label for label, _ in rows_of_printed_table(capsys.readouterr().out)]
     assert "Clotho + AudioCaps, distilled" in labels
     assert "Clotho, contrastive (seen)" in labels
+    assert "Clotho, contrastive, ensemble (seen)" in labels
     rows = json.loads((here / "seen.json").read_text())["rows"]
-    assert [row["seen"] for row in rows] == [False, True]
+    assert [row["seen"] for row in rows] == [False, True, True]
 
 
 @pytest.mark.parametrize(("part", "is_refused"), [("train", True), ("all", True), ("val", False)])
