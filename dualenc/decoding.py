@@ -544,7 +544,10 @@ def _decode_all(missing: list[tuple[Path, Path]], cache_dir: Path) -> None:
     finally:
         pool.shutdown(cancel_futures=True)  # After Ctrl-C, only what has begun is finished.
     if faults:
-        hint = "`python -m dualenc.data check FOLDER` lists all sound files that cannot be used"
+        hint = (
+            "a sound that is removed or renamed is passed over as missing; "
+            "`python -m dualenc.data check FOLDER` lists all sound files that cannot be used"
+        )
         raise InputError.of(hint, sorted(faults))
 
 

@@ -381,6 +381,7 @@ def test_all_sounds_that_cannot_be_used_are_listed(tmp_path):
     with pytest.raises(InputError) as error:
         read_decoded(folder)
     assert "(2):" in str(error.value)
+    assert "removed or renamed is passed over as missing" in str(error.value)
     assert "0.wav: cannot be read" in str(error.value)
     assert "2.wav: is cut off: 0.3 s of 1.0 s" in str(error.value)
 
