@@ -1,7 +1,7 @@
 "use strict";
 
-// Sounds are kept once in the page, as base64, however many players play them; a player gets its
-// sound when its query is opened.
+// Sounds are kept once in the page, as base64, however many players play them; what the page does
+// not hold is a link to its file. A player gets its sound when its query is opened.
 const sounds = JSON.parse(document.getElementById("sounds").textContent);
 const addresses = [];
 const address = (number) => addresses[number] ??= URL.createObjectURL(new Blob(
@@ -9,8 +9,8 @@ const address = (number) => addresses[number] ??= URL.createObjectURL(new Blob(
   { type: "audio/mpeg" },
 ));
 document.addEventListener("toggle", (event) => {
-  for (const player of event.target.querySelectorAll("audio[data-sound]:not([src])")) {
-    player.src = address(player.dataset.sound);
+  for (const player of event.target.querySelectorAll("audio:not([src])")) {
+    player.src = player.dataset.link ?? address(player.dataset.sound);
   }
 }, true);
 

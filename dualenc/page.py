@@ -57,9 +57,10 @@ def document(title: str, body: str, script: str = "") -> str:
 
 
 def player(label: str, source: str) -> str:
-    """Return an <audio>; source is an attribute: src="...", or data-sound="i", which page.js plays.
+    """Return an <audio> element, which loads enough of its sound to show its length.
 
-    The sound's beginning is loaded, so that a player shows its length.
+    source: an attribute that says what is played: src="ADDRESS", or one that page.js makes a src of
+    when its query is opened (Sounds).
     """
     return f'<audio controls preload="metadata" aria-label="{escape(label)}" {source}></audio>\n'
 
@@ -242,9 +243,9 @@ class Sounds:
         self.sources: dict[Path, str] = {}
 
     def source(self, path: Path) -> str:
-        """Return the attribute that makes a player play a file; "" where it cannot be read.
+        """Return an attribute for player; "" where the file cannot be read.
 
-        When the page holds EMBEDDED_BYTES, further sounds are links to their files.
+        It is data-sound="NUMBER", and when the page holds EMBEDDED_BYTES, data-link="ADDRESS".
         """
         if path not in self.sources:
             if sum(len(mp3) for mp3 in self.held) < EMBEDDED_BYTES:
@@ -264,7 +265,7 @@ class Sounds:
         if not path.is_file():
             return ""
         relative = os.path.relpath(path, self.folder)
-        return f'src="{quote(os.fsencode(relative))}"'
+        return f'data-link="{quote(os.fsencode(relative))}"'
 
     def script(self) -> str:
         """Return the sounds as base64 in JSON, and page.js, which hands them to the players."""

@@ -331,7 +331,7 @@ def test_sounds_beyond_the_limit_are_links_to_their_files(written, monkeypatch):
     paths = written.evaluation.clip_paths
     sounds = page.Sounds(written.folder / "other")
     assert sounds.source(paths[1]) == 'data-sound="0"'
-    assert sounds.source(paths[0]).startswith('src="../a%22%20onerror')
+    assert sounds.source(paths[0]).startswith('data-link="../a%22%20onerror')
     assert sounds.source(paths[-1]) == ""
     assert sounds.source(paths[1]) == 'data-sound="0"'
     assert len(sounds.held) == 1
@@ -736,6 +736,19 @@ def test_sounds_play_one_at_a_time_and_show_their_length(opened):
         await second.play();
         await new Promise((done) => { second.ontimeupdate = done; });
         return first.paused && !second.paused && Math.abs(length - 1.5) < 0.2;
+    """)
+
+
+def test_a_sound_that_the_page_does_not_hold_plays_from_its_file(written, browser, monkeypatch):
+    monkeypatch.setattr(page, "EMBEDDED_BYTES", 0)
+    page.write_evaluation(written.folder / "linked.html", written.evaluation)
+    browser.open((written.folder / "linked.html").as_uri())
+    assert browser.script("return document.querySelectorAll('audio[src]').length") == 0
+    assert browser.script("""
+        document.querySelector(".query").open = true;
+        const player = document.querySelector(".query audio");
+        await new Promise((done) => { player.onloadedmetadata = done; });
+        return Math.abs(player.duration - 1.5) < 0.2;
     """)
 
 
