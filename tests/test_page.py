@@ -65,8 +65,8 @@ class Elements(HTMLParser):
 
     def of(self, tag: str, **attributes: str) -> list[Element]:
         """Return the elements of a tag and of the attributes that are given."""
-        found = [element for element in self.all if element.tag == tag]
-        return [e for e in found if attributes.items() <= e.attributes.items()]
+        of_tag = [element for element in self.all if element.tag == tag]
+        return [e for e in of_tag if attributes.items() <= e.attributes.items()]
 
     def texts(self, tag: str, **attributes: str) -> list[str]:
         return ["".join(element.text).strip() for element in self.of(tag, **attributes)]
@@ -272,7 +272,7 @@ def test_a_card_shows_what_a_plain_sort_finds(written):
         row = evaluation.captions.index(card.caption)
         right = evaluation.clip_of_caption[row]
         scores = (evaluation.audio @ evaluation.text[row]).tolist()
-        ranking = sorted(range(N_CLIPS), key=lambda clip: -scores[clip])  # noqa: B023
+        ranking = np.argsort(scores, kind="stable")[::-1].tolist()
         rank = ranking.index(right) + 1
         assert card.rank == rank
         expected_ranks = list(range(1, 11))
@@ -408,7 +408,7 @@ def shown_text(html: str) -> str:
     return html.encode(errors="backslashreplace").decode()
 
 
-LEVELS = [0.01, 0.1, 0.03, 0.06]  # of the noise in each 10 s of the long file
+LEVELS = [0.01, 0.1, 0.03, 0.06]  # each 10 s of the long file are noise of another level
 
 
 class Match(NamedTuple):
@@ -483,8 +483,8 @@ def results_of(html: str) -> list[Elements]:
 def played(result: Elements, scratch: Path) -> np.ndarray:
     """Return the waveform that a result's player plays."""
     (audio,) = result.of("audio")
-    kind, _, mp3 = audio.attributes["src"].partition(",")
-    assert kind == "data:audio/mpeg;base64"
+    scheme, _, mp3 = audio.attributes["src"].partition(",")
+    assert scheme == "data:audio/mpeg;base64"
     scratch.write_bytes(base64.b64decode(mp3))
     return load_audio(scratch)
 
@@ -666,7 +666,7 @@ def test_the_search_command_serves_the_page(tiny_model, tmp_path, monkeypatch, c
         html.append(ask(server, "/?q=a+dog+barks").html)
         server.shutdown()
         thread.join()
-        raise KeyboardInterrupt  # as Ctrl-C does; it ends the server without a traceback
+        raise KeyboardInterrupt  # Ctrl-C raises it; it ends the server without a traceback.
 
     serve_forever = page.ThreadingHTTPServer.serve_forever
     monkeypatch.setattr(page.ThreadingHTTPServer, "serve_forever", ask_once)
