@@ -279,9 +279,11 @@ def in_words(sentence: str) -> str:
     return sentence.strip().translate(STRAIGHT).encode(errors="replace").decode()
 
 
-def counted(number: int, noun: str) -> str:
+def counted(number: int, singular: str, plural: str | None = None) -> str:
     """Return "1 file", or "2,000 files"."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+    if number == 1:
+        return f"1 {singular}"
+    return f"{number:,} {plural or singular + 's'}"
 
 
 # --- The index on disk: a folder of parts for each model ---
@@ -714,8 +716,9 @@ def write_submission(path: Path, queries: Sequence[str], index: SoundIndex) -> N
         for query, embedding in zip(queries, embeddings, strict=True):
             scores = index.scores(embedding).tolist()
             writer.writerow([query, *(f"{score:.9g}" for score in scores)])
-    queries_and_files = f"{counted(len(queries), 'query')}, {counted(len(index.names), 'file')}"
-    print(f"submission  {path}: {queries_and_files}")
+    rows = counted(len(queries), "query", "queries")
+    columns = counted(len(index.names), "file")
+    print(f"submission  {path}: {rows}, {columns}")
 
 
 # --- The command ---

@@ -478,6 +478,20 @@ def test_a_library_may_be_renamed_while_its_index_lies_elsewhere(
     assert index.names == ["a.wav", "b.wav", "deep/c.wav"]
 
 
+def test_a_library_is_known_by_whatever_link_it_is_reached(
+    tiny_model, sounds, tmp_path, decoded
+):
+    SoundIndex.build(tiny_model, sounds, tmp_path / "index")
+    (tmp_path / "link").symlink_to(sounds)
+    decoded.clear()
+    os.utime(sounds / "a.wav", (1, 1))
+    index = SoundIndex.build(tiny_model, tmp_path / "link", tmp_path / "index")
+    assert decoded == []
+    assert index.search("rain")[0].path.parent.is_relative_to(tmp_path / "link")
+    stored = search.StoredIndex(tmp_path / "index", tiny_model)
+    assert len(stored.files) == 3
+
+
 def test_two_libraries_in_one_index_folder_keep_apart(tiny_model, sounds, tmp_path, decoded):
     """Their files have the same names."""
     for seed, name in enumerate(["a.wav", "b.wav"]):
@@ -893,7 +907,7 @@ def read_submission(path):
 
 
 def test_a_submission_has_a_row_for_each_query_and_a_column_for_each_file(
-    command, sounds, tmp_path, tiny_model
+    command, sounds, tmp_path, tiny_model, capsys
 ):
     queries = ["rain", "a, dog", "rain", "birds sing", "a, dog", "dog"]
     table = write_csv(tmp_path / "q.csv", ["caption"], [[query] for query in queries])
@@ -904,6 +918,7 @@ def test_a_submission_has_a_row_for_each_query_and_a_column_for_each_file(
     audio_embeddings = tiny_model.embed_audio(sounds / name for name in header[1:])
     expected = tiny_model.embed_text(rows) @ audio_embeddings.T
     np.testing.assert_allclose(scores, expected, atol=1e-5)
+    assert "4 queries, 3 files" in capsys.readouterr().out
 
 
 def test_a_submission_has_only_what_is_in_the_folder(command, sounds, tmp_path):
