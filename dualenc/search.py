@@ -43,11 +43,12 @@ from dualenc.model import PRECISIONS, DualEncoder, choose_device, choose_precisi
 
 INDEX_NAME = ".dualenc-index"  # Hidden: a scan of the sounds passes over it.
 INDEX_FORMAT = "index 3"
-SAVE_SECONDS = 60  # of embedding that an interruption may cost
-MAX_PARTS = 100  # of an index; more are merged into one
-EMBED_SEGMENTS = 16  # of several files, embedded together
-QUEUED_BLOCKS = 64  # of 10 s, decoded ahead: 40 MB
-HASHED_BYTES = 2**20  # read at a time
+# An interruption costs at most so much embedding, or what is embedded of an unfinished file.
+SAVE_SECONDS = 60
+MAX_PARTS = 100  # An index of more parts is merged into one.
+EMBED_SEGMENTS = 16  # Segments of several files are embedded together.
+QUEUED_BLOCKS = 64  # Threads decode so many blocks of 10 s ahead: 40 MB.
+HASHED_BYTES = 2**20  # A file is hashed in pieces of this size.
 STRAIGHT = str.maketrans("‘’", "''")  # what a phone types for an apostrophe
 
 
@@ -59,7 +60,7 @@ class Match(NamedTuple):
     above: float  # the share of the searched files that score lower
     start: int
     end: float
-    seconds: float  # of the whole file
+    seconds: float  # the length of the whole file
 
     def where(self) -> str:
         return f"{page.clock(self.start)} to {page.clock(self.end)}"
@@ -70,14 +71,14 @@ class File(NamedTuple):
 
     size: int  # bytes
     modified: int  # ns
-    digest: str  # of its bytes
+    digest: str  # a hash of the content
 
 
 class Sound(NamedTuple):
     """What is known of a content, whatever files hold it."""
 
     seconds: float
-    segments: int  # none where it cannot be read
+    segment_count: int  # 0 where it cannot be read
     fault: str  # why it cannot be read, or not whole
 
 
@@ -126,7 +127,7 @@ class SoundIndex:
         self.faults: dict[str, str] = {}
         self.missing: list[str] = []
         self.skipped: collections.Counter[str] = collections.Counter()
-        counts = [sound.segments for sound in sounds.values()]
+        counts = [sound.segment_count for sound in sounds.values()]
         self.owner = np.repeat(np.arange(len(counts)), counts)
         self._ends = np.cumsum([0, *counts])  # file i has the segments from _ends[i] on
         self._parts = parts
@@ -181,7 +182,7 @@ class SoundIndex:
             sound = stored.sound_of(path)
             if sound.fault:
                 faults.setdefault(path, sound.fault)
-            if sound.segments > 0:
+            if sound.segment_count > 0:
                 searched.append(path)
         faults = {path.removeprefix(prefix): faults[path] for path in sorted(faults)}
         if not searched:
@@ -304,16 +305,11 @@ class StoredIndex:
     """
 
     def __init__(self, index_folder: decoding.AnyPath | None, model: DualEncoder):
-        self.files: dict[str, File] = {}
-        self.sounds: dict[str, Sound] = {}
-        self.parts: list[Tensor] = []
-        self.first_row: dict[str, int] = {}
         self.folder = None
-        self._part_files: list[Path] = []
-        self._row_count = 0
         self._arrived: set[str] = set()  # digests of the files that were added by this run
         self._no_segments = torch.zeros(0, model.config.embedding)
-        self._forget_new()
+        self._start_empty()
+        self._start_next_part()
         if index_folder is not None:
             self.folder = Path(os.path.realpath(index_folder)) / digest_of_model(model)
             old_index = self.folder.parent / "index"
@@ -322,21 +318,27 @@ class StoredIndex:
                      "embedded again")
             self._read()
 
-    def _forget_new(self) -> None:
-        """Forget what is new since the last save: it has been saved."""
+    def _start_empty(self) -> None:
+        self.files: dict[str, File] = {}
+        self.sounds: dict[str, Sound] = {}
+        self.parts: list[Tensor] = []
+        self.first_row: dict[str, int] = {}
+        self._part_files: list[Path] = []
+        self._row_count = 0
+
+    def _start_next_part(self) -> None:
         self._new_files: dict[str, File | None] = {}
         self._new_sounds: dict[str, Sound] = {}
         self._new_segments: list[Tensor] = []
 
     def _read(self) -> None:
+        """Read all parts; one that is damaged is passed over with a line."""
         for part_file in sorted(self.folder.glob("*.part")):
             try:
                 files, sounds, segments = read_part(part_file)
             except FileNotFoundError:
-                # Another search has just merged it into a part that is there: list them again.
-                self.parts.clear()
-                self._part_files.clear()
-                self._row_count = 0
+                # Another search has just merged it into a part that is there: begin again.
+                self._start_empty()
                 return self._read()
             except PermissionError:
                 raise
@@ -361,14 +363,14 @@ class StoredIndex:
         for digest, sound in sounds.items():
             self.sounds[digest] = sound
             self.first_row[digest] = self._row_count
-            self._row_count += sound.segments
+            self._row_count += sound.segment_count
 
     def sound_of(self, path: str) -> Sound:
         return self.sounds[self.files[path].digest]
 
     def rows_of(self, digests: Sequence[str]) -> Tensor:
         """Return the rows of the segments of sounds, (S,) int64, counted through all parts."""
-        counts = np.array([self.sounds[digest].segments for digest in digests], np.int64)
+        counts = np.array([self.sounds[digest].segment_count for digest in digests], np.int64)
         first_rows = np.array([self.first_row[digest] for digest in digests], np.int64)
         # A segment's row is its sound's first one, plus its number within the sound.
         segments_before = np.cumsum(counts) - counts
@@ -420,7 +422,7 @@ class StoredIndex:
         self._arrived.add(reading.file.digest)
         if reading.sound is not None:
             digest = reading.file.digest
-            # Of files with one content, read at once, the first counts.
+            # Where several files of one content were read at once, the first counts.
             if digest not in self._new_sounds:
                 self._new_sounds[digest] = reading.sound
                 self._new_segments.append(segments)
@@ -448,7 +450,7 @@ class StoredIndex:
         segments = torch.cat([self._no_segments, *self._new_segments])
         self._write(self._new_files, self._new_sounds, segments)
         self.parts.append(segments)
-        self._forget_new()
+        self._start_next_part()
 
     def tidy(self, prune: bool) -> None:
         """Save; where the parts are many, or something is to be dropped from them, merge them."""
@@ -492,15 +494,18 @@ def read_part(part_file: Path) -> tuple[dict[str, File | None], dict[str, Sound]
     header = json.loads(header)
     files = {path: file and File(*file) for path, file in header["files"].items()}
     sounds = {digest: Sound(*sound) for digest, sound in header["sounds"].items()}
-    if sum(sound.segments for sound in sounds.values()) != len(segments):
+    if sum(sound.segment_count for sound in sounds.values()) != len(segments):
         raise ValueError("its header tells of other segments")
     return files, sounds, segments
 
 
 def digest_of_model(model: DualEncoder) -> str:
     """Return what tells models apart: a digest of some thousand values of each weight tensor."""
-    values = [value.flatten().cpu() for value in model.state_dict().values()]
-    spread = torch.cat([value[:: max(1, len(value) // 1000)] for value in values])
+    values = []
+    for weights in model.state_dict().values():
+        weights = weights.flatten()
+        values.append(weights[:: max(1, len(weights) // 1000)].cpu())
+    spread = torch.cat(values)
     return hashlib.sha256(INDEX_FORMAT.encode() + spread.numpy().tobytes()).hexdigest()[:16]
 
 
@@ -558,7 +563,7 @@ def read_file(
     """
     faults = []
     samples = 0
-    segments = 0
+    segment_count = 0
     try:
         before = stamp(os.stat(path))
         digest = digest_of_file(path, stopping)
@@ -566,11 +571,12 @@ def read_file(
         if digest not in known:
             for block in decoding.stream_audio(path, faults):
                 samples += len(block)
-                if segments > 0 and len(block) < audio.MIN_REMAINDER:
+                if segment_count > 0 and len(block) < audio.MIN_REMAINDER:
                     break
-                segments += 1
+                segment_count += 1
                 yield path, decoding.to_int16(block)
-            sound = Sound(samples / decoding.SAMPLE_RATE, segments, "; ".join(faults))
+            seconds = samples / decoding.SAMPLE_RATE
+            sound = Sound(seconds, segment_count, "; ".join(faults))
         if stamp(os.stat(path)) != before:
             yield path, Reading(None, None, "was changed while it was read")
             return
@@ -641,10 +647,16 @@ def project(model: DualEncoder, segments: Tensor) -> Tensor:
 
 def scaled(vectors: Sequence[Tensor], reading: Reading, width: int) -> Tensor:
     """Segments of a file, (D,) each -> (s, D) that add up to its embedding, of unit norm."""
-    if reading.sound is None or reading.sound.segments == 0:
+    if reading.sound is None or reading.sound.segment_count == 0:
         return torch.zeros(0, width)
     segments = torch.stack(vectors)
     return segments / segments.sum(dim=0).norm()
+
+
+class ThreadEnd(NamedTuple):
+    """The last item of a thread."""
+
+    error: BaseException | None  # what ended the thread, unless nothing was left to do
 
 
 def in_threads(
@@ -694,10 +706,6 @@ def in_threads(
                 running -= 1
 
 
-class ThreadEnd(NamedTuple):
-    error: BaseException | None  # what ended the thread
-
-
 # --- The submission ---
 
 def write_submission(path: Path, queries: Sequence[str], index: SoundIndex) -> None:
@@ -710,7 +718,9 @@ def write_submission(path: Path, queries: Sequence[str], index: SoundIndex) -> N
         raise InputError.of(f"{index.root}: no submission without these files", faults)
     queries = list(dict.fromkeys(queries))
     embeddings = index.model.embed_text([in_words(query) for query in queries])  # (Q, D)
-    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    # A file's name may hold bytes that are not UTF-8: they are written as escapes.
+    text = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+    with replacing(path) as temporary, open(temporary, "w", **text) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["index", *index.names])
         for query, embedding in zip(queries, embeddings, strict=True):

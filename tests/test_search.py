@@ -632,22 +632,23 @@ def test_two_searches_at_once_both_keep_what_they_embed(tiny_model, sounds, deco
 
 
 def test_a_part_that_another_search_has_just_merged_is_no_fault(tiny_model, sounds, monkeypatch):
-    before = build(tiny_model, sounds)
+    build(tiny_model, sounds)
     write_wav(sounds / "new.wav", noise(1, 5))
     build(tiny_model, sounds)
     read_part = search.read_part
-    merged = []
+    read = []
 
-    def merge_first(part_file):
-        if not merged:
-            merged.append(True)
-            search.StoredIndex(sounds / INDEX_NAME, tiny_model).merge()
+    def prune_before_the_second(part_file):
+        read.append(part_file)
+        if len(read) == 2:
+            (sounds / "b.wav").unlink()
+            build(tiny_model, sounds, prune=True)
         return read_part(part_file)
 
-    monkeypatch.setattr(search, "read_part", merge_first)
-    after = search.StoredIndex(sounds / INDEX_NAME, tiny_model)
-    assert len(after.files) == 4
-    assert sum(map(len, after.parts)) == len(before.vectors()) + 1
+    monkeypatch.setattr(search, "read_part", prune_before_the_second)
+    stored = search.StoredIndex(sounds / INDEX_NAME, tiny_model)
+    assert {os.path.basename(path) for path in stored.files} == {"a.wav", "c.wav", "new.wav"}
+    assert sum(map(len, stored.parts)) == 3
 
 
 # --- Reading ahead in threads ---
