@@ -339,7 +339,7 @@ def train(args, run: Run, model: DualEncoder, batches: PairBatches, validation, 
         epoch_ends = steps_of_epoch == steps_per_epoch
         if epoch_ends or steps_of_epoch % args.log_every == 0:
             means = run.mean_losses(args.log_every)
-            pairs_per_second = round(args.batch_size * run.steps_per_second(), 1)
+            pairs_per_second = round(args.batch_size * run.steps_per_second(), 3)
             run.log(epoch=epoch, lr=rate, **means, pairs_per_second=pairs_per_second)
             progress.set_postfix(loss=f"{means['loss']:.3f}", lr=f"{rate:.1e}", refresh=False)
         if epoch_ends:

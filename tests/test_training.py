@@ -260,6 +260,18 @@ def test_the_log_holds_the_schedule(data, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "curves.svg").exists()
 
 
+def test_an_epochs_loss_in_the_log_is_the_mean_of_its_steps(data, tmp_path, monkeypatch):
+    run_train(monkeypatch, data, tmp_path / "run")
+    lines = log_of(tmp_path / "run")
+    for epoch in (1, 2):
+        steps = [line["loss"] for line in lines if line["epoch"] == epoch and "lr" in line]
+        [mean] = [
+            line["loss"] for line in lines if line["epoch"] == epoch and "validation" in line
+        ]
+        assert len(steps) == STEPS_PER_EPOCH
+        assert mean == pytest.approx(np.mean(steps), abs=1e-9)
+
+
 def test_dropout_is_drawn_anew_in_every_step_and_for_every_seed(data, tmp_path, monkeypatch):
     draws = []
     encode_pairs = DualEncoder.encode_pairs
