@@ -739,6 +739,20 @@ def test_sounds_play_one_at_a_time_and_show_their_length(opened):
     """)
 
 
+def test_a_player_gets_the_sound_of_its_number(opened):
+    assert opened.script("""
+        const query = document.querySelector(".query");
+        await new Promise((done) => { query.ontoggle = done; query.open = true; });
+        const wrong = [];
+        for (const player of query.querySelectorAll("audio")) {
+            const mp3 = await (await fetch(player.src)).arrayBuffer();
+            const bytes = [...new Uint8Array(mp3)].map((byte) => String.fromCharCode(byte));
+            if (btoa(bytes.join("")) !== sounds[player.dataset.sound]) wrong.push(player);
+        }
+        return wrong.length;
+    """) == 0
+
+
 def test_a_sound_that_the_page_does_not_hold_plays_from_its_file(written, browser, monkeypatch):
     monkeypatch.setattr(page, "EMBEDDED_BYTES", 0)
     page.write_evaluation(written.folder / "linked.html", written.evaluation)
