@@ -581,7 +581,10 @@ def test_a_run_without_a_step_may_begin_again_with_other_settings(data, tmp_path
     with monkeypatch.context() as patch, pytest.raises(InputError, match="is needed"):
         patch.setattr(train, "decode_splits", failing_decoder)
         run_train(patch, data, tmp_path / "run")
+    # What a start with other settings has left may be of other data.
+    (tmp_path / "run" / "teacher-0.pt").write_bytes(b"")
     run_train(monkeypatch, data, tmp_path / "run", "--max-lr", 0.5, "--max-steps", 1)
+    assert not (tmp_path / "run" / "teacher-0.pt").exists()
     first_line = (tmp_path / "run" / "log.jsonl").read_text().partition("\n")[0]
     assert json.loads(first_line)["settings"]["max_lr"] == 0.5
 
