@@ -173,8 +173,8 @@ class AudioTower(nn.Module):
         self, width: int, depth: int, heads: int, patch: tuple[int, int], patchout: tuple[int, int]
     ):
         super().__init__()
-        # Imported where a tower is made, since it imports all of timm and torchvision: half of the
-        # time of `import dualenc`, for which `--help` and bad input need not wait.
+        # It imports all of timm and torchvision: seconds, for which --help and bad input need not
+        # wait.
         from hear21passt.models import passt
 
         passt.first_RUN = False  # Otherwise hear21passt prints every shape of its first forward.

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import RobertaConfig
 
 from dualenc.audio import CLIP_SAMPLES, AudioTower, crop, to_segments
 from dualenc.checkpoints import load_strictly, published_passt, read_checkpoint
@@ -96,7 +96,7 @@ class DualEncoder(nn.Module):
             config.patchout,
         )
         roberta_sizes = {name: getattr(config, name) for name in ROBERTA_SIZES}
-        self.text = TextTower(RobertaConfig(
+        self.text = TextTower(transformers.RobertaConfig(
             **roberta_sizes, pad_token_id=PAD_ID, layer_norm_eps=1e-5, type_vocab_size=1,
             hidden_dropout_prob=config.text_dropout,
             attention_probs_dropout_prob=config.text_dropout,

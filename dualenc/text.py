@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+import transformers  # It loads RobertaModel, which takes seconds, where that is first used.
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, processors
 from torch import Tensor, nn
-from transformers import AutoTokenizer, RobertaConfig, RobertaModel
 from transformers.utils import logging
 
 from dualenc.errors import InputError
@@ -58,7 +58,8 @@ def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
 
     InputError where it cannot be read or fetched, or is another model's.
     """
-    return set_truncation(_published(AutoTokenizer, source, "--tokenizer").backend_tokenizer)
+    tokenizer = _published(transformers.AutoTokenizer, source, "--tokenizer")
+    return set_truncation(tokenizer.backend_tokenizer)
 
 
 def set_truncation(tokenizer: Tokenizer) -> Tokenizer:
@@ -75,9 +76,9 @@ def set_truncation(tokenizer: Tokenizer) -> Tokenizer:
 class TextTower(nn.Module):
     """RoBERTa (Liu et al., 2019) from transformers, without pooler."""
 
-    def __init__(self, config: RobertaConfig):
+    def __init__(self, config: transformers.RobertaConfig):
         super().__init__()
-        self.roberta = RobertaModel(config, add_pooling_layer=False)
+        self.roberta = transformers.RobertaModel(config, add_pooling_layer=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(Q, L) int64 -> (Q, W): the last layer's first token, <s> (section 5's "[CLS]")."""
@@ -86,13 +87,14 @@ class TextTower(nn.Module):
         return self.roberta(input_ids=tokens, attention_mask=mask).last_hidden_state[:, 0]
 
 
-def published_roberta(source: str) -> RobertaModel:
+def published_roberta(source: str) -> "transformers.RobertaModel":
     """Load a RoBERTa without pooler by its name at the hub, or from a save_pretrained folder.
 
     InputError where it cannot be read or fetched, or is another model.
     """
     options = dict(add_pooling_layer=False, output_loading_info=True)
-    model, info = _published(RobertaModel, source, "--text-model (or --preset tiny)", **options)
+    roberta = transformers.RobertaModel
+    model, info = _published(roberta, source, "--text-model (or --preset tiny)", **options)
     if info["missing_keys"]:  # transformers has drawn random weights for them
         raise InputError(f"{source}: is no RoBERTa: lacks {min(info['missing_keys'])}")
     return model
