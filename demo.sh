@@ -38,7 +38,8 @@ start() {
     set -- "$@" --data-dir "$DATA" --out "$RUNS/$name"
     echo "$ python $*"
     if [ "$PRESET" = tiny ]; then
-        OMP_NUM_THREADS=$((($(nproc) + 1) / 2)) "$PYTHON" "$@" &> "$RUNS/$name.txt" &
+        # In a session of its own a run is sent SIGTERM only; Ctrl-C as well would end it unsaved.
+        OMP_NUM_THREADS=$((($(nproc) + 1) / 2)) setsid "$PYTHON" "$@" &> "$RUNS/$name.txt" &
         logs+=("$RUNS/$name.txt")
     else
         "$PYTHON" "$@"
