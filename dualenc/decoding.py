@@ -260,17 +260,17 @@ def _seek_excerpt(
         first_frame = next(_frames(file, stream, []), None)
         if first_frame is None or first_frame.time is None:
             return None
-        place = first_frame.time + start  # Time stamps need not begin at 0.
-        before = max(first_frame.time, place - SEEK_LEAD_SECONDS)
+        target_time = first_frame.time + start  # Time stamps need not begin at 0.
+        before = max(first_frame.time, target_time - SEEK_LEAD_SECONDS)
         try:
             file.seek(int(before / stream.time_base), stream=stream)
         except av.error.FFmpegError:  # Not every format can be searched.
             return None
         frames = _frames(file, stream, [])
         frame = next(frames, None)
-        if frame is None or frame.time is None or frame.time > place:
+        if frame is None or frame.time is None or frame.time > target_time:
             return None
-        lead = place - frame.time
+        lead = target_time - frame.time
         blocks = _resampled(itertools.chain([frame], frames))
         return _cut(_mono(path, blocks), lead, seconds)
 
