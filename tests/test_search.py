@@ -126,13 +126,6 @@ def test_a_model_in_training_stays_so(other_model, sounds):
     assert_close(index.vectors(), SoundIndex.build(other_model.eval(), sounds).vectors())
 
 
-def test_embeddings_can_be_learned_from(tiny_model, sounds):
-    vectors = SoundIndex.build(tiny_model, sounds).vectors()
-    weight = torch.zeros(vectors.shape[1], requires_grad=True)
-    (vectors @ weight).sum().backward()
-    assert_close(weight.grad, vectors.sum(dim=0))
-
-
 # --- Exact search ---
 
 def index_of(model, segments, counts):
@@ -457,13 +450,12 @@ def test_a_file_that_changes_while_it_is_read_is_read_again(tiny_model, sounds, 
 
 # --- The index folder ---
 
-def test_library_and_index_may_be_moved_together(tiny_model, sounds, tmp_path, decoded):
+def test_library_and_index_may_be_moved_together(tiny_model, sounds, tmp_path, monkeypatch):
     build(tiny_model, sounds)
-    decoded.clear()
     moved = sounds.rename(tmp_path / "moved")
+    monkeypatch.setattr(search, "digest_of_file", None)  # would fail
     index = build(tiny_model, moved)
-    assert decoded == []
-    assert index.missing == []
+    assert index.names == ["a.wav", "b.wav", "deep/c.wav"]
     assert index.search("rain")[0].path.exists()
 
 
@@ -560,6 +552,7 @@ def test_merging_keeps_what_is_not_there_now(tiny_model, sounds, tmp_path, monke
     write_wav(sounds / "new.wav", noise(1, 5))
     build(tiny_model, sounds)
     assert len(part_files(sounds)) == 1
+    assert build(tiny_model, sounds).missing == ["deep/c.wav"]
     (tmp_path / "deep").rename(sounds / "deep")
     decoded.clear()
     build(tiny_model, sounds)
