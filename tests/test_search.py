@@ -584,6 +584,18 @@ def test_a_damaged_part_is_passed_over_and_its_files_are_embedded_again(
     assert_close(after.vectors(), before.vectors())
 
 
+def test_a_file_whose_content_was_in_a_damaged_part_is_embedded_again(
+    tiny_model, sounds, decoded
+):
+    build(tiny_model, sounds)
+    os.utime(sounds / "a.wav", (1, 1))
+    build(tiny_model, sounds)  # A second part knows the file, by a content of the first.
+    part_files(sounds)[0].write_bytes(b"")
+    decoded.clear()
+    assert build(tiny_model, sounds).names == ["a.wav", "b.wav", "deep/c.wav"]
+    assert sorted(decoded) == ["a.wav", "b.wav", "c.wav"]
+
+
 def test_an_index_of_an_earlier_version_is_made_anew(tiny_model, sounds, capsys):
     old_index = sounds / INDEX_NAME / "index"
     old_index.parent.mkdir()
