@@ -125,7 +125,7 @@ def _fetch(published: Published) -> Path:
         try:
             _load(temporary)
         except Exception as error:  # torch.load raises whatever its parsers meet
-            raise _not_fetched(published, url, f"it sent no whole checkpoint: {error}") from error
+            raise _not_fetched(published, url, "what it sent is no whole checkpoint") from error
     return path
 
 

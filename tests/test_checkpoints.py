@@ -402,8 +402,8 @@ def test_a_server_that_tells_no_size_is_believed(server, monkeypatch, original, 
 
 @pytest.mark.parametrize("behaviour, reason", [
     ("breaks off", "broke off, [0-9,]+ bytes before its end"),
-    ("without a size, breaks off", "sent no whole checkpoint"),
-    ("web page", "sent no whole checkpoint"),
+    ("without a size, breaks off", "what it sent is no whole checkpoint"),
+    ("web page", "what it sent is no whole checkpoint"),
     ("missing", "HTTP Error 404"),
 ])
 def test_a_download_that_is_not_whole_is_one_line_and_leaves_nothing(
