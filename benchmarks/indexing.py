@@ -10,14 +10,13 @@ three segments for each of its files, which are empty.
 
 import shutil
 import tempfile
-import wave
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from measure import compare, machine, options, random_captions, seconds_of
+from measure import compare, machine, options, random_captions, seconds_of, write_noise
 
 from dualenc.decoding import stream_audio, to_int16
 from dualenc.model import DualEncoder
@@ -27,21 +26,8 @@ RATE = 44_100
 SEGMENTS = 3  # of each file of the large index
 
 
-def write_clips(folder: Path, clips: int) -> list[Path]:
-    rng = np.random.default_rng(0)
-    paths = []
-    for i in range(clips):
-        samples = rng.integers(-3000, 3000, (int(rng.uniform(10, 30) * RATE), 2), dtype=np.int16)
-        path = folder / f"{i}.wav"
-        with wave.open(str(path), "wb") as file:
-            file.setparams((2, 2, RATE, 0, "NONE", ""))
-            file.writeframes(samples.tobytes())
-        paths.append(path)
-    return paths
-
-
 def indexing(model: DualEncoder, folder: Path, paths: list[Path]) -> dict[str, Callable]:
-    """The three sides: decoding and embedding alone, and both together with the index on disk."""
+    """Return the three sides: decoding alone, embedding alone, both with the index on disk."""
     waveforms = [to_int16(np.concatenate(list(stream_audio(path)))) for path in paths]
 
     def decode() -> None:
@@ -76,19 +62,21 @@ def write_large_index(model: DualEncoder, folder: Path, files: int, saves: int) 
         stored.save()
 
 
-def size(folder: Path) -> str:
+def size_on_disk(folder: Path) -> str:
     parts = list(folder.rglob("*.part"))
     return f"{sum(part.stat().st_size for part in parts) / 1e6:.1f} MB in {len(parts)} parts"
 
 
-if __name__ == "__main__":
+def main() -> None:
     args = options(__doc__, preset="tiny", clips=48, files=20_000, saves=100, rounds=3)
     print(machine(torch.device("cpu")))
     model = DualEncoder.create(args.preset, "random", random_captions(64)).eval()
 
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        paths = write_clips(folder, args.clips)
+        paths = write_noise(
+            folder, args.clips, shortest_s=10, longest_s=30, rate=RATE, channels=2
+        )
         seconds = compare(args.rounds, indexing(model, folder, paths))
     larger = max(seconds["decoding alone"], seconds["embedding alone"])
     print(f"  indexing takes {seconds['indexing'] / larger:.2f} times the larger of both, "
@@ -97,7 +85,8 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder).resolve()
         written_in = seconds_of(partial(write_large_index, model, folder, args.files, args.saves))
-        print(f"an index of {args.files:,} files: {size(folder)}, written in {written_in:.1f} s")
+        print(f"an index of {args.files:,} files: {size_on_disk(folder)}, "
+              f"written in {written_in:.1f} s")
         index = SoundIndex.build(model, folder, folder / ".index")
         query = torch.nn.functional.normalize(torch.randn(model.config.embedding), dim=0)
         matrix = index.vectors()
@@ -107,4 +96,8 @@ if __name__ == "__main__":
             "opening": partial(SoundIndex.build, model, folder, folder / ".index"),
         })
         merged_in = seconds_of(lambda: StoredIndex(folder / ".index", model).merge())
-        print(f"merged: {size(folder)}, in {merged_in:.1f} s")
+        print(f"merged: {size_on_disk(folder)}, in {merged_in:.1f} s")
+
+
+if __name__ == "__main__":
+    main()

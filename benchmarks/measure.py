@@ -5,6 +5,7 @@ import platform
 import statistics
 import sys
 import time
+import wave
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -93,6 +94,25 @@ def random_clips(durations_s: Sequence[float]) -> list[np.ndarray]:
         samples = int(duration_s * SAMPLE_RATE)
         clips.append(rng.integers(-3000, 3000, samples, dtype=np.int16))
     return clips
+
+
+def write_noise(
+    folder: Path, clips: int, shortest_s: float, longest_s: float, rate: int, channels: int
+) -> list[Path]:
+    """Write clips of noise as 16-bit wav files into a folder, and return their paths."""
+    rng = np.random.default_rng(0)
+    paths = []
+    for i in range(clips):
+        samples = int(rng.uniform(shortest_s, longest_s) * rate)
+        waveform = rng.integers(-3000, 3000, (samples, channels), dtype=np.int16)
+        path = folder / f"{i}.wav"
+        with wave.open(str(path), "wb") as file:
+            file.setnchannels(channels)
+            file.setsampwidth(2)
+            file.setframerate(rate)
+            file.writeframes(waveform.tobytes())
+        paths.append(path)
+    return paths
 
 
 def random_captions(count: int) -> list[str]:

@@ -11,15 +11,15 @@ the time that a step takes.
 """
 
 import tempfile
-import wave
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from cost import TOKENS, flop_of_a_step
-from measure import batch_of, compare, machine, options, random_captions, random_clips, seconds_of
+from measure import (
+    batch_of, compare, machine, options, random_captions, random_clips, seconds_of, write_noise,
+)
 from plain import PlainRecipe
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -174,7 +174,13 @@ def measure_matrix_product(device: torch.device) -> float:
 def measure_loading(model: DualEncoder, workers: int, steps: int = 20) -> float:
     """Return the seconds between batches of 64 pairs that data workers read from the cache."""
     with tempfile.TemporaryDirectory() as folder:
-        write_noise(Path(folder), clips=2 * GPU_PAIRS)
+        paths = write_noise(
+            Path(folder), 2 * GPU_PAIRS, shortest_s=15, longest_s=30, rate=SAMPLE_RATE, channels=1
+        )
+        lines = ["file_name,caption"]
+        for path, caption in zip(paths, random_captions(len(paths)), strict=True):
+            lines.append(f"{path.name},{caption}")
+        Path(folder, "captions.csv").write_text("\n".join(lines))
         split = read_split(folder, "all", Path(folder))
         decode_splits([split], Path(folder, "cache"))
         batches = PairBatches([split], model.tokenizer, GPU_PAIRS)
@@ -184,18 +190,6 @@ def measure_loading(model: DualEncoder, workers: int, steps: int = 20) -> float:
         for _ in range(5):  # the workers have started, and what they prepare ahead is used up
             next(loader)
         return seconds_of(partial(next, loader), steps)
-
-
-def write_noise(folder: Path, clips: int) -> None:
-    """Write a folder of sounds of 15 to 30 s with a captions.csv."""
-    lines = ["file_name,caption"]
-    waveforms = random_clips(np.linspace(15, 30, clips).tolist())
-    for i, (waveform, caption) in enumerate(zip(waveforms, random_captions(clips), strict=True)):
-        with wave.open(str(folder / f"{i}.wav"), "wb") as file:
-            file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))
-            file.writeframes(waveform.tobytes())
-        lines.append(f"{i}.wav,{caption}")
-    (folder / "captions.csv").write_text("\n".join(lines))
 
 
 def main() -> None:
