@@ -1,6 +1,7 @@
 """Waveform -> 10 s segments -> log-mel -> PaSST (report, sections 4 and 5).
 
-n samples at 32 kHz, C clips, S segments of 10 s, F = 1000 frames of a segment, W = 768 values.
+n samples at 32 kHz, C clips, S segments of 10 s, T = 1000 frames of a segment, W = 768, PaSST's
+width.
 """
 
 import functools
@@ -14,19 +15,20 @@ from hear21passt.models.preprocess import AugmentMelSTFT
 from torch import Tensor, nn
 
 from dualenc.decoding import INT16_SCALE, SAMPLE_RATE
-from dualenc.decoding import load_audio as load_audio
+from dualenc.decoding import load_audio as load_audio  # Users call it dualenc.audio.load_audio.
 
 SEGMENT_SECONDS = 10
 SEGMENT_SAMPLES = SEGMENT_SECONDS * SAMPLE_RATE  # 320,000
 MAX_SEGMENTS = 3
 CLIP_SAMPLES = MAX_SEGMENTS * SEGMENT_SAMPLES  # 960,000: 30 s, as in section 4
-MIN_REMAINDER = SAMPLE_RATE // 10  # 3,200: less than 0.1 s after a full segment is dropped
+MIN_REMAINDER = SAMPLE_RATE // 10  # 3,200: under 0.1 s after the last full segment is dropped
 HOP_SAMPLES = 320  # 10 ms
 SEGMENT_FRAMES = SEGMENT_SAMPLES // HOP_SAMPLES  # 1000
 MEL_BANDS = 128
 
 # Segments computed at a time. A CPU's caches hold the spectra of one segment, and PaSST's
-# activations of two: of two at a time each takes 0.15 s, of 24 0.21 s (report's size, bf16).
+# activations of two: a segment takes 0.15 s in chunks of two, 0.21 s in chunks of 24 (the report's
+# sizes, bf16).
 CPU_LOG_MEL_CHUNK = 1
 CPU_PASST_CHUNK = 2
 GPU_CHUNK = 64
@@ -35,7 +37,7 @@ GPU_CHUNK = 64
 # --- Waveform -> segments (section 4, "segment handling" and "chunking") ---
 
 def crop(waveform: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
-    """Take a random 30 s with a generator, the first 30 s without: (n,) -> (at most 960000,)."""
+    """Crop to 30 s, at random with a generator, else the first: (n,) -> (at most 960000,)."""
     excess = len(waveform) - CLIP_SAMPLES
     if excess <= 0:
         return waveform
@@ -46,7 +48,7 @@ def crop(waveform: np.ndarray, rng: np.random.Generator | None = None) -> np.nda
 
 
 def segment_count(samples: int) -> int:
-    """Count the 10 s segments of a sound of so many samples: at least one."""
+    """Return how many 10 s segments a sound of so many samples is cut into: at least one."""
     full, remainder = divmod(samples, SEGMENT_SAMPLES)
     if full == 0 or remainder >= MIN_REMAINDER:
         return full + 1
@@ -54,17 +56,18 @@ def segment_count(samples: int) -> int:
 
 
 def to_segments(waveforms: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Cut C waveforms (n,) into segments (S, 320000), and count those of each clip (C,).
+    """Cut C waveforms (n,) into segments (S, 320000), and count those of each clip: (C,).
 
-    The counts sum to S. Zeros fill up a clip's last segment only; a short clip has fewer segments.
+    The counts sum to S. The report pads short clips to 30 s; here only a clip's last segment is
+    padded, so that no segment of zeros alone enters the mean over the clip.
     """
     counts = [segment_count(len(waveform)) for waveform in waveforms]
     segments = np.zeros((sum(counts), SEGMENT_SAMPLES), waveforms[0].dtype)
     first = 0
     for waveform, count in zip(waveforms, counts, strict=True):
-        clip = segments[first : first + count].reshape(-1)  # a view, (count * 320000,)
-        kept = waveform[: len(clip)]
-        clip[: len(kept)] = kept
+        padded = segments[first : first + count].reshape(-1)  # a view, (count * 320000,)
+        waveform = waveform[: len(padded)]
+        padded[: len(waveform)] = waveform
         first += count
     return torch.from_numpy(segments), torch.tensor(counts)
 
@@ -73,18 +76,21 @@ def to_segments(waveforms: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
 
 @functools.lru_cache(8)
 def _mel_filters(fmin: float, fmax: float, device: torch.device) -> Tensor:
-    """Make Kaldi's triangular filters (128, 513), with zero for the Nyquist bin that they lack."""
+    """Make Kaldi's triangular filters (128, 513), with zeros for the Nyquist bin that they lack."""
     kaldi = torchaudio.compliance.kaldi
-    warp = dict(vtln_low=100.0, vtln_high=-500.0, vtln_warp_factor=1.0)  # A factor of 1 is no warp.
+    # They must be given, but a factor of 1 warps nothing.
+    warp = dict(vtln_low=100.0, vtln_high=-500.0, vtln_warp_factor=1.0)
     with device:
         filters, _ = kaldi.get_mel_banks(MEL_BANDS, 1024, SAMPLE_RATE, fmin, fmax, **warp)
     return F.pad(filters, (0, 1))
 
 
 class LogMel(AugmentMelSTFT):
-    """PaSST's own log-mel; unlike hear21passt's, it keeps its filters from call to call.
+    """hear21passt's log-mel, except that it makes filters of the same frequencies only once.
 
-    Frequency and time masking are off, as in the baseline; fmin and fmax jitter in training.
+    In training the lowest and the highest frequency of the filters are drawn anew at each call,
+    from 0 to 9 Hz and from 14 to 16 kHz. Masking of frequencies and times (SpecAugment) is off, as
+    in the official DCASE 2025 baseline.
     """
 
     def __init__(self):
@@ -94,10 +100,10 @@ class LogMel(AugmentMelSTFT):
         )
 
     def forward(self, segments: Tensor) -> Tensor:
-        """Compute the log-mel spectrograms of segments: (S, 320000) -> (S, 128, F), float32."""
+        """Compute the log-mel spectrograms of segments: (S, 320000) -> (S, 128, T), float32."""
         fmin, fmax = self.fmin, self.fmax
         if self.training:
-            # Drawn as hear21passt draws, so the same seed gives the same spectrogram.
+            # hear21passt draws so; the same seed gives the same spectrogram.
             fmin += torch.randint(self.fmin_aug_range, (1,)).item()
             fmax += self.fmax_aug_range // 2 - torch.randint(self.fmax_aug_range, (1,)).item()
         filters = _mel_filters(fmin, fmax, segments.device)
@@ -116,11 +122,11 @@ class LogMel(AugmentMelSTFT):
 # --- Log-mel -> PaSST with patchout (section 5, "PaSST") ---
 
 class PatchProjection(nn.Module):
-    """PaSST's patch embedding as the matrix product that it is: kernel and stride are equal.
+    """PaSST's patch embedding, written as a matrix product since patches do not overlap.
 
     Its weights have a convolution's names and shapes, so that published ones load unchanged. It is
-    faster than the convolution, which moreover asks for 266 GB where a CPU with AMX is to compute
-    patches of 128 bands in bf16.
+    faster than the convolution, which on a CPU with AMX even asks for 266 GB of memory for the tiny
+    preset's patches of 128 bands in bf16.
     """
 
     def __init__(self, convolution: nn.Conv2d):
@@ -129,9 +135,9 @@ class PatchProjection(nn.Module):
         self.bias = convolution.bias  # (W,)
 
     def forward(self, log_mel: Tensor) -> Tensor:
-        """Embed patches: (S, 1, 128, F) -> (S, W, rows, columns).
+        """Embed patches: (S, 1, 128, T) -> (S, W, rows, columns).
 
-        The last frames are left out where they fill no patch: 8 of 1000 with patches of 16.
+        The last frames, which fill no patch, are left out: 8 of 1000 with patches of 16.
         """
         bands, frames = self.weight.shape[2:]
         patches = log_mel.squeeze(1).unfold(1, bands, bands).unfold(2, frames, frames)
@@ -143,7 +149,8 @@ class PatchProjection(nn.Module):
 class Attention(nn.Module):
     """hear21passt's attention with the same weights and a fused kernel, up to 9 times as fast.
 
-    In bf16 on a CPU it is written out: a block then takes 20 ms, with the fused kernel 48.
+    In bf16 on a CPU the fused kernel is slower (48 ms a block against 20 ms), so attention is
+    written out there.
     """
 
     def __init__(self, plain: nn.Module):
@@ -151,7 +158,7 @@ class Attention(nn.Module):
         self.heads, self.qkv, self.proj = plain.num_heads, plain.qkv, plain.proj
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attend from every patch to all of its segment: (S, patches, W) -> the same shape."""
+        """Attend from every patch to all patches of its segment: (S, patches, W) -> the same."""
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if q.device.type == "cpu" and q.dtype == torch.bfloat16:
             attention = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
@@ -173,8 +180,7 @@ class AudioTower(nn.Module):
         self, width: int, depth: int, heads: int, patch: tuple[int, int], patchout: tuple[int, int]
     ):
         super().__init__()
-        # It imports all of timm and torchvision: seconds, for which --help and bad input need not
-        # wait.
+        # Importing it here spares --help and bad input seconds of waiting for timm and torchvision.
         from hear21passt.models import passt
 
         passt.first_RUN = False  # Otherwise hear21passt prints every shape of its first forward.
@@ -188,22 +194,24 @@ class AudioTower(nn.Module):
         for block in self.passt.blocks:
             block.attn = Attention(block.attn)
         self.passt.head = nn.Identity()
-        # None would stand for a PaSST without distillation token.
+        # If it were None, hear21passt would take this for a PaSST without distillation token.
         self.passt.head_dist = nn.Identity()
 
     def forward(self, segments: Tensor) -> Tensor:
         """Encode segments: (S, 320000) int16, or float in -1..1 -> (S, W).
 
-        PaSST's features are the mean of its class token and its distillation token.
+        PaSST's features are the mean of its class token and its distillation token, the second
+        class token of DeiT (Touvron et al., 2021), which has nothing to do with the report's stage
+        of distillation.
         """
         if segments.dtype == torch.int16:
             segments = segments.float() / INT16_SCALE
         with torch.autocast(segments.device.type, enabled=False):
             log_mel = self.mel(segments)
-        log_mel = log_mel.unsqueeze(1)  # (S, 1, 128, F): PaSST takes images of one channel
+        log_mel = log_mel.unsqueeze(1)  # (S, 1, 128, T): PaSST takes images of one channel
         if self.training:
-            # All segments in one piece, since patchout is drawn once for all of them; and drawn on
-            # their device, since a draw on the CPU would force a GPU sync.
+            # All segments go at once, since patchout is drawn once for all of them. It is drawn on
+            # their device, since drawing on the CPU would force a GPU sync.
             with log_mel.device:
                 _, features = self.passt(log_mel)
             return features

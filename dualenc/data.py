@@ -2,8 +2,10 @@
 
     python -m dualenc.data check FOLDER    # what is there, and what is wrong with it
 
-All that is random here is seeded from (seed, epoch) or (seed, epoch, clip): data workers, processes
-and resumed runs make the same batches.
+All that is random here is seeded from (seed, epoch) or (seed, epoch, clip), so that data workers,
+processes and resumed runs make the same batches.
+
+A pair is a clip and one of its captions, so there are as many pairs as captions.
 
 n samples at 32 kHz; P pairs in all; B pairs of a batch, B_r of one process's share of it,
 C clips, S segments, L tokens.
@@ -37,33 +39,33 @@ from dualenc.errors import InputError, Parser, printable, run_command
 from dualenc.text import tokenize
 
 PARTS = ("train", "val", "test")
-HELD_OUT_SHARE = 0.1  # a tenth of a folder's clips
-MIN_HELD_OUT = 10  # clips, where a folder has at least twenty
+HELD_OUT_SHARE = 0.1  # the share of a folder's clips that is not trained on, but validates
+MIN_HELD_OUT = 10  # clips that are held out at least, where a folder has twenty or more
 
 
 # --- A split: clips and their captions ---
 
 class Clip(NamedTuple):
-    """One sound file and its captions; the name is the csv's, byte for byte."""
+    """One sound file and its captions."""
 
-    name: str
+    name: str  # as the csv writes it, byte for byte
     path: Path
     captions: tuple[str, ...]
 
 
 @dataclasses.dataclass
 class Split:
-    """One split of a data set, as it was found on disk; parse_split_name explains its name."""
+    """One split of a data set: those of its clips that are on disk."""
 
-    name: str
+    name: str  # such as "clotho/development"; parse_split_name explains it
     source: Path  # the csv file
-    clips: list[Clip]  # those whose file is there, in the csv's order
-    missing: list[str]  # names of files that the csv lists and the disk lacks
+    clips: list[Clip]  # those whose sound is on disk, in the csv's order
+    missing: list[str]  # names of the sounds that the csv lists and the disk lacks
     waveforms: Sequence[np.ndarray] = ()  # (n,) int16 of each clip, once decode_splits has run
 
     @property
     def captions(self) -> list[str]:
-        """All captions, clip by clip."""
+        """Return all captions, clip by clip."""
         captions = []
         for clip in self.clips:
             captions += clip.captions
@@ -71,7 +73,7 @@ class Split:
 
     @property
     def clip_of_caption(self) -> list[int]:
-        """The index of each caption's clip."""
+        """Return, for each caption, the index of its clip."""
         clip_of_caption = []
         for index, clip in enumerate(self.clips):
             clip_of_caption += [index] * len(clip.captions)
@@ -79,7 +81,10 @@ class Split:
 
     @property
     def identity(self) -> str:
-        """The split in a run's settings: its clips and captions, whatever its folder is called."""
+        """Describe the split for a run's settings: a resumed run must have the same.
+
+        Neither the name of its folder nor the paths of its sounds matter.
+        """
         dataset, part = parse_split_name(self.name)
         digest = short_digest([[clip.name, clip.captions] for clip in self.clips])
         return f"{dataset}/{part} ({len(self.clips)} clips, digest {digest})"
@@ -95,11 +100,12 @@ class Split:
 
 
 def parse_split_name(name: str) -> tuple[str, str]:
-    """Take a split's name apart into its data set and its part.
+    """Split a name such as "clotho/development" into the data set and its part.
 
-    "clotho/development" -> ("clotho", "development"); "audiocaps/train" -> ("audiocaps", "train").
-    A folder is known by a digest of its captions.csv, whatever it is called and wherever it lies:
-    "my_sounds@1a2b3c4d/val" -> ("1a2b3c4d", "val"). Its parts are "train", "val" and "all".
+    "clotho/development" -> ("clotho", "development"); "audiocaps/train" -> ("audiocaps", "train");
+    "my_sounds@1a2b3c4d/val" -> ("1a2b3c4d", "val"), a folder of the user's, whose parts are
+    "train", "val" and "all". It is known by the digest of its captions.csv, since it may be renamed
+    or moved.
     """
     dataset, _, part = name.rpartition("@")[2].partition("/")
     return dataset, part
@@ -116,11 +122,11 @@ def counted(count: int, noun: str) -> str:
 
 
 def read_split(dataset: str, part: str, data_dir: Path) -> Split:
-    """Read which clips of a split are on disk, and their captions.
+    """Read a split's csv file, and find its clips on disk.
 
     Args:
         dataset: "clotho", "audiocaps", or a folder of sounds with a captions.csv.
-        part: "train", "val" or "test"; of a folder "train", "val" or "all".
+        part: "train", "val" or "test"; for a folder "train", "val" or "all".
         data_dir: where Clotho and AudioCaps lie.
 
     Raises:
@@ -148,12 +154,13 @@ ROOTS = {
     "clotho": ("CLOTHO_v2.1", "clotho_v2.1", "clotho", "Clotho", "."),
     "audiocaps": ("AUDIOCAPS", "audiocaps", "AudioCaps", "."),
 }
-# Clotho calls its parts by other names than all others do.
+# Clotho's own names of its parts. "evaluation" is the report's test split of 1045 clips, and not
+# the evaluation set of the challenge's leaderboard (section 3).
 CLOTHO_NAMES = {"train": "development", "val": "validation", "test": "evaluation"}
-# The csv file and the folder of sounds of a {part}, in one of the roots.
+# Patterns of a split's csv file and of the folder of its sounds, in one of the roots.
 LAYOUTS = {
     "clotho": (
-        ("clotho_captions_{clotho_name}.csv", "{clotho_name}"),  # as Clotho's archives unpack
+        ("clotho_captions_{clotho_name}.csv", "{clotho_name}"),  # as Clotho's archives are unpacked
         ("clotho_csv_files/clotho_captions_{clotho_name}.csv", "clotho_audio_files/{clotho_name}"),
         ("csv_files/{part}.csv", "waveforms/{part}"),
     ),
@@ -181,9 +188,11 @@ def possible_layouts(dataset: str, part: str, data_dir: Path) -> list[Layout]:
 
 
 def find_layout(dataset: str, part: str, data_dir: Path) -> Layout:
-    """Return the first layout of which both csv file and sounds are there."""
+    """Return the first layout whose csv file and folder of sounds are both there."""
     if part not in PARTS:
-        raise InputError(f"--split {part}: {dataset} has train, val and test; all is of a folder")
+        raise InputError(
+            f"--split {part}: {dataset} has train, val and test; only folders have all"
+        )
     layouts = possible_layouts(dataset, part, data_dir)
     for layout in layouts:
         if layout.table.is_file() and layout.sounds.is_dir():
@@ -197,14 +206,19 @@ def find_layout(dataset: str, part: str, data_dir: Path) -> Layout:
 
 
 def read_csv(table: Path, columns: Sequence[str], row_hint: str = "") -> list[dict[str, str]]:
-    """Read the rows of a comma-separated csv file in UTF-8 that has these columns.
+    """Read the rows of a comma-separated csv file in UTF-8 that has these columns, or more.
 
-    An empty row, as Excel leaves at the end, is none. Anything else is an InputError; row_hint is
-    said of rows that are too short or too long.
+    Empty rows, as Excel leaves them at the end, are skipped.
+
+    Args:
+        row_hint: is added to the message about rows with fewer or more fields than columns.
+
+    Raises:
+        InputError: there is no such file, no such column or no row, or a row is too short or long.
     """
     rows = []
     faulty_rows = []
-    columns_there: Sequence[str] = ()
+    present_columns: Sequence[str] = ()
     fault = "has other columns"
     try:
         with open(table, encoding="utf-8-sig", newline="") as file:
@@ -213,14 +227,15 @@ def read_csv(table: Path, columns: Sequence[str], row_hint: str = "") -> list[di
                 if not any(row.values()):
                     continue
                 rows.append(row)
-                if None in row or None in row.values():  # so DictReader marks more or fewer fields
+                # DictReader marks more fields by a key None, and fewer by a value None.
+                if None in row or None in row.values():
                     faulty_rows.append(f"line {reader.line_num}")
-            columns_there = reader.fieldnames or ()
+            present_columns = reader.fieldnames or ()
     except FileNotFoundError as error:
         raise InputError(f"{table}: no such file") from error
     except (UnicodeDecodeError, csv.Error) as error:
         fault = f"cannot be read ({error})"
-    if not set(columns) <= set(columns_there):
+    if not set(columns) <= set(present_columns):
         with open(table, "rb") as file:
             first_line = printable(file.readline(200).decode(errors="replace").strip())
         raise InputError(
@@ -236,7 +251,7 @@ def read_csv(table: Path, columns: Sequence[str], row_hint: str = "") -> list[di
 
 
 def sounds_by_name(folder: Path) -> dict[str, Path]:
-    """Return the sounds below a folder by their names as comparable_name writes them."""
+    """Return {comparable_name of its path within the folder: path} of all sounds below a folder."""
     sounds = {}
     for path in sounds_below(folder):
         sounds[comparable_name(os.path.relpath(path, folder))] = path
@@ -244,14 +259,17 @@ def sounds_by_name(folder: Path) -> dict[str, Path]:
 
 
 def comparable_name(name: str) -> str:
-    """Return a csv's name as the disk's: not sub\\a.wav, as on Windows, and in one Unicode form."""
+    """Write a file's name in one form, in which a csv's names equal those on disk.
+
+    The csv may have Windows' backslashes, and either may be in another of Unicode's forms.
+    """
     return normalize("NFC", name.replace("\\", "/"))
 
 
 def match_with_disk(
     split_name: str, layout: Layout, captions: dict[str, list[str]], sounds: dict[str, Path]
 ) -> Split:
-    """Look for the sound of each file name that a csv lists.
+    """Look for the sound of each file name that a csv lists, and make a split of those on disk.
 
     Args:
         captions: {file name in the csv: its captions}.
@@ -260,6 +278,7 @@ def match_with_disk(
     clips = []
     missing = []
     for name, clip_captions in captions.items():
+        # The scan that listed the sounds passes over suffixes that it does not know.
         path = sounds.get(comparable_name(name), layout.sounds / name)
         if path.exists():
             clips.append(Clip(name, path, tuple(clip_captions)))
@@ -284,7 +303,7 @@ def read_clotho(part: str, data_dir: Path) -> Split:
 
 
 def read_captions(table: Path) -> dict[str, list[str]]:
-    """Read {file name: its captions}, which may be in several columns, several rows, or both."""
+    """Read {file name: its captions}; they may stand in several columns, several rows, or both."""
     captions: dict[str, list[str]] = {}
     for row in read_csv(table, ["file_name"]):
         clip_captions = captions.setdefault(row["file_name"], [])
@@ -292,10 +311,10 @@ def read_captions(table: Path) -> dict[str, list[str]]:
             is_caption = column == "caption" or column.startswith("caption_")
             if is_caption and text.strip():
                 clip_captions.append(text)
-    without = [name for name, clip_captions in captions.items() if not clip_captions]
-    if without:
-        headline = f"{table}: no caption (columns caption, or caption_1, ...) of"
-        raise InputError.of(headline, without)
+    without_caption = [name for name, clip_captions in captions.items() if not clip_captions]
+    if without_caption:
+        headline = f"{table}: sounds without a caption (columns caption, or caption_1, ...)"
+        raise InputError.of(headline, without_caption)
     return captions
 
 
@@ -309,7 +328,7 @@ def parse_names(cell: str) -> list[str]:
 
 # --- AudioCaps ---
 
-# How AudioCaps' sound files are called, before the suffix; the first is aac-datasets' way.
+# Possible names of AudioCaps' sound files, without suffix; the first is that of aac-datasets.
 AUDIOCAPS_STEMS = (
     "{youtube_id}_{start_time}", "{youtube_id}_{start_time}_{end_time}", "Y{youtube_id}",
     "{youtube_id}", "{audiocap_id}",
@@ -324,10 +343,10 @@ AUDIOCAPS_HINT = (
 def read_audiocaps(part: str, data_dir: Path) -> Split:
     """Read a split of AudioCaps (section 3): each row of its csv is one caption of a clip.
 
-    A clip of the training split has one caption, one of the other two has five.
+    Clips of the training split have one caption each, those of the other two splits have five.
     """
     layout = find_layout("audiocaps", part, data_dir)
-    rows_of_clip = defaultdict(list)
+    rows_of_clip: dict[tuple[str, str], list[dict]] = defaultdict(list)
     for row in read_audiocaps_rows(layout.table):
         rows_of_clip[row["youtube_id"], row["start_time"]].append(row)
 
@@ -340,7 +359,7 @@ def read_audiocaps(part: str, data_dir: Path) -> Split:
 
 
 def read_audiocaps_rows(table: Path) -> list[dict]:
-    """Read the rows of AudioCaps' csv, with the end_time that some file names contain."""
+    """Read the rows of AudioCaps' csv, and add the end_time that some file names contain."""
     columns = ["audiocap_id", "youtube_id", "start_time", "caption"]
     rows = read_csv(table, columns, AUDIOCAPS_HINT)
     faulty_times = []
@@ -355,9 +374,12 @@ def read_audiocaps_rows(table: Path) -> list[dict]:
 
 
 def audiocaps_name(rows: list[dict], name_of_stem: dict[str, str]) -> str:
-    """Return the name of a clip's file, or where there is none the name by aac-datasets.
+    """Return the name of a clip's sound on disk, or if there is none, the one of aac-datasets.
 
-    The five rows of one clip have five audiocap_ids, and any of them may be the file's name.
+    Args:
+        rows: the clip's, one for each caption, each with an audiocap_id of its own: any of these
+            ids may be the sound's name.
+        name_of_stem: {name without folder and suffix: name} of the sounds on disk.
     """
     for pattern in AUDIOCAPS_STEMS:
         for row in rows:
@@ -392,9 +414,11 @@ def read_folder(folder: Path, part: str) -> Split:
 
 
 def names_held_out(names: list[str]) -> set[str]:
-    """Choose a tenth of a folder's clips, at least ten, or half of fewer than twenty.
+    """Choose a tenth of a folder's clips, but at least ten, or half of fewer than twenty.
 
-    The csv's names are drawn from, not the files on disk: a sound that goes missing moves no other.
+    It is drawn among all names in the csv, so that a sound that goes missing from the disk changes
+    nothing for the others. The draw depends on the order of the csv's rows, which the digest in the
+    split's name ignores: sorting the rows holds out other clips under the same name.
     """
     count = round(HELD_OUT_SHARE * len(names))
     count = max(count, min(MIN_HELD_OUT, len(names) // 2))
@@ -409,8 +433,12 @@ def training_splits(
 ) -> tuple[list[Split], Split]:
     """Read the splits that are trained on, and the one whose mAP@10 chooses the best epoch.
 
-    Clotho's validation split does that by default, or, with folders alone, what is held out of the
-    first one. InputError where a clip would be trained on twice, or both trained on and validated.
+    Args:
+        validation: the data set that validates; None for Clotho, or, where only folders are trained
+            on, for the first of them, of which a part is then held out.
+
+    Raises:
+        InputError: clips would be trained on twice, or be both trained on and validated on.
     """
     if validation is None:
         trains_on_published = "clotho" in datasets or "audiocaps" in datasets
@@ -420,9 +448,9 @@ def training_splits(
         if dataset == "clotho":
             parts = ["train"]
         elif dataset == "audiocaps":
-            parts = ["train", "val", "test"]  # merged (section 3)
+            parts = ["train", "val", "test"]  # They are merged (section 3).
         elif dataset == validation:
-            parts = ["train"]  # the rest of the folder validates
+            parts = ["train"]  # The rest of the folder validates.
         else:
             parts = ["all"]
         splits += [read_split(dataset, part, data_dir) for part in parts]
@@ -455,7 +483,7 @@ def was_seen(split: Split, trained_on: Sequence[str]) -> bool:
 # --- Waveforms, decoded once ---
 
 def decode_splits(splits: Sequence[Split], cache_dir: Path) -> None:
-    """Give splits their waveforms; sounds that are new or have changed are decoded first."""
+    """Fill in the splits' waveforms, after decoding the sounds that are new or have changed."""
     paths = []
     for split in splits:
         paths += [clip.path for clip in split.clips]
@@ -470,20 +498,20 @@ def decode_splits(splits: Sequence[Split], cache_dir: Path) -> None:
 class Batch:
     """One process's share of a batch.
 
-    Only segments that hold sound are in it, and neighbours that show one clip share its segments.
+    There are no segments of padding alone, and consecutive pairs of one clip share its segments.
     """
 
     segments: Tensor  # (S, 320000) int16
     counts: Tensor  # (C,) segments of each clip, summing to S
     clip_rows: Tensor  # (B_r,) each pair's clip among the C
     tokens: Tensor  # (B_r, L)
-    # The ids are those of the whole batch. They are equal where two pairs show one clip, and they
-    # are also the rows of the teachers' embeddings (distill.py).
-    clip_ids: Tensor  # (B,)
+    # The ids are those of the whole batch, since the losses compare all of its pairs. They are also
+    # the rows of the teachers' embeddings (distill.py).
+    clip_ids: Tensor  # (B,), equal where two pairs show the same clip
     pair_ids: Tensor  # (B,)
 
     def inputs(self, device: torch.device) -> list[Tensor]:
-        """Return what the model encodes, on its device."""
+        """Move what the model encodes to its device: segments, counts, clip_rows, tokens."""
         tensors = [self.segments, self.counts, self.clip_rows, self.tokens]
         return [tensor.to(device, non_blocking=True) for tensor in tensors]
 
@@ -491,11 +519,11 @@ class Batch:
         """Return the batch in pinned memory; DataLoader calls this."""
         return Batch(*(tensor.pin_memory() for tensor in vars(self).values()))
 
-    def pieces(self, pairs: int) -> Iterator["Batch"]:
-        """Yield the batch in pieces of so many pairs; a clip of pairs in two pieces is in both."""
+    def pieces(self, pairs_per_piece: int) -> Iterator["Batch"]:
+        """Yield the batch in pieces; a clip whose pairs fall into two pieces is in both."""
         segment_ends = [0, *self.counts.cumsum(0).tolist()]
-        for start in range(0, len(self.tokens), pairs):
-            clip_rows = self.clip_rows[start : start + pairs]
+        for start in range(0, len(self.tokens), pairs_per_piece):
+            clip_rows = self.clip_rows[start : start + pairs_per_piece]
             first_clip = int(clip_rows[0])
             end_clip = int(clip_rows[-1]) + 1
             yield dataclasses.replace(
@@ -503,16 +531,17 @@ class Batch:
                 segments=self.segments[segment_ends[first_clip] : segment_ends[end_clip]],
                 counts=self.counts[first_clip:end_clip],
                 clip_rows=clip_rows - first_clip,
-                tokens=self.tokens[start : start + pairs],
+                tokens=self.tokens[start : start + pairs_per_piece],
             )
 
 
 class PairBatches(torch.utils.data.Dataset):
-    """Batches of (clip, caption) pairs: item i is this process's share of the run's i-th batch.
+    """The batches of a run: item i is this process's share of the run's i-th batch.
 
-    Its length is the number of steps of an epoch. An epoch shows every pair once, in a new order in
-    which captions_per_clip captions of one clip stand together. The pairs left over at its end,
-    which fill no batch, are dropped as in the baseline: every batch has as many negatives.
+    Its length is the number of batches of one epoch, and items go on beyond it, epoch after epoch.
+    An epoch shows every pair once, in a new order in which captions_per_clip captions of one clip
+    stand together. The pairs left over at its end, which fill no batch, are dropped, so that all
+    batches have equally many negatives.
     """
 
     def __init__(
@@ -537,8 +566,8 @@ class PairBatches(torch.utils.data.Dataset):
                 self.captions += clip.captions
                 self.clips.append((split, index))
                 self.pairs_of_clip.append(np.arange(first_pair, len(self.captions)))
-        captions_of_clip = [len(pairs) for pairs in self.pairs_of_clip]
-        self.clip_of_pair = np.repeat(np.arange(len(self.clips)), captions_of_clip)  # (P,)
+        pair_counts = [len(pairs) for pairs in self.pairs_of_clip]
+        self.clip_of_pair = np.repeat(np.arange(len(self.clips)), pair_counts)  # (P,)
         self._ordered_epoch: int | None = None
         self._pairs_in_order: np.ndarray | None = None
         if len(self.captions) < batch_size or batch_size % world:
@@ -551,7 +580,7 @@ class PairBatches(torch.utils.data.Dataset):
         return len(self.captions) // self.batch_size
 
     def order(self, epoch: int) -> np.ndarray:
-        """Return an epoch's pairs in their order (P,)."""
+        """Return the numbers of all pairs in the order in which an epoch shows them: (P,)."""
         if epoch != self._ordered_epoch:
             self._pairs_in_order = self._draw_order(epoch)
             self._ordered_epoch = epoch
@@ -572,10 +601,10 @@ class PairBatches(torch.utils.data.Dataset):
         pairs = self.order(epoch)[start : start + self.batch_size]  # (B,), of all processes
         share_start = self.rank * self.share_size
         share = pairs[share_start : share_start + self.share_size]  # (B_r,)
-        clips = self.clip_of_pair[share]  # (B_r,)
-        # Neighbours that show one clip share its crop, and it is encoded once.
-        is_new_clip = np.append(True, clips[1:] != clips[:-1])
-        crops = [self._draw_crop(int(clip), epoch) for clip in clips[is_new_clip]]
+        clip_of_share = self.clip_of_pair[share]  # (B_r,)
+        # Consecutive pairs of one clip share its crop, which is encoded once.
+        is_new_clip = np.append(True, clip_of_share[1:] != clip_of_share[:-1])
+        crops = [self._draw_crop(int(clip), epoch) for clip in clip_of_share[is_new_clip]]
         segments, counts = to_segments(crops)
         return Batch(
             segments=segments,
@@ -587,7 +616,7 @@ class PairBatches(torch.utils.data.Dataset):
         )
 
     def _draw_crop(self, clip: int, epoch: int) -> np.ndarray:
-        """Return the at most 30 s that an epoch shows of a clip: (n,) int16."""
+        """Return the 30 s or less that an epoch shows of a clip: (n,) int16."""
         split, index = self.clips[clip]
         rng = np.random.default_rng([self.seed, epoch, clip])
         return crop(split.waveforms[index], rng)
@@ -595,7 +624,7 @@ class PairBatches(torch.utils.data.Dataset):
 
 # --- python -m dualenc.data check FOLDER ---
 
-SILENT_PEAK = 1e-4  # -80 dB
+SILENT_PEAK = 1e-4  # of full scale: -80 dB
 UNREADABLE = "cannot be read"
 NOT_WHOLE = "not whole"
 
@@ -610,14 +639,14 @@ def main() -> int:
 
     # --- A folder of sounds, with captions or without, or Clotho and AudioCaps ---
     if (folder / "captions.csv").is_file():
-        splits = [(str(folder), "all")]
+        datasets_and_parts = [(str(folder), "all")]
     else:
-        splits = published_splits(folder)
+        datasets_and_parts = published_splits(folder)
     fault_count = 0
-    if not splits:
+    if not datasets_and_parts:
         fault_count += check_split(sounds_without_captions(folder))
     clotho_test = None
-    for dataset, part in splits:
+    for dataset, part in datasets_and_parts:
         try:
             split = read_split(dataset, part, folder)
         except InputError as error:  # The other splits are checked all the same.
@@ -640,18 +669,18 @@ def main() -> int:
 
 
 def published_splits(folder: Path) -> list[tuple[str, str]]:
-    """Return (data set, part) of each split of Clotho and AudioCaps whose csv is below a folder."""
-    splits = []
+    """List (data set, part) of the splits of Clotho and AudioCaps whose csv is below a folder."""
+    datasets_and_parts = []
     for dataset in LAYOUTS:
         for part in PARTS:
             layouts = possible_layouts(dataset, part, folder)
             if any(layout.table.is_file() for layout in layouts):
-                splits.append((dataset, part))
-    return splits
+                datasets_and_parts.append((dataset, part))
+    return datasets_and_parts
 
 
 def sounds_without_captions(folder: Path) -> Split:
-    """Return all sounds below a folder as clips of a split; InputError where there is none."""
+    """Make a split of all sounds below a folder; an InputError if there is none."""
     sounds = sounds_by_name(folder)
     if not sounds:
         raise InputError(f"{folder}: no sound file in it")
@@ -660,9 +689,9 @@ def sounds_without_captions(folder: Path) -> Split:
 
 
 def check_split(split: Split) -> int:
-    """Read all sounds of a split, print its faults by kind, and return their number."""
+    """Read all sounds of a split, print what is wrong with it, and return the number of faults."""
     print(dataclasses.replace(split, missing=[]))  # The missing files are listed below.
-    faults = defaultdict(list)  # {headline of a kind of fault: a line for each}
+    faults = defaultdict(list)  # {headline of a kind of fault: a line for each such fault}
     faults["missing"] += split.missing
     bar = tqdm(split.clips, f"reading {split.name}", leave=False, disable=None)
     pool = ThreadPoolExecutor(usable_cores())
@@ -681,7 +710,7 @@ def check_split(split: Split) -> int:
 
 
 def fault_of_sound(path: Path) -> tuple[str, str]:
-    """Return a headline and a sentence of what is wrong with a sound; both are empty if nothing."""
+    """Return a headline and a sentence for what is wrong with a sound; both empty if nothing is."""
     peak = 0.0
     decoding_faults: list[str] = []
     try:
@@ -700,9 +729,9 @@ def fault_of_sound(path: Path) -> tuple[str, str]:
 
 
 def check_annotations(table: Path, clotho_test: Split | None) -> int:
-    """Print the faults of the new annotations and return their number.
+    """Print the faults of the new annotations (section 6), and return how many there are.
 
-    Their queries and names are compared with Clotho's test split, if that is there.
+    Their queries and file names are compared with Clotho's test split, if that is on disk.
     """
     try:
         rows = read_csv(table, ["query", "audio_filenames"])
@@ -716,7 +745,7 @@ def check_annotations(table: Path, clotho_test: Split | None) -> int:
     names = {clip.name for clip in clotho_test.clips} | set(clotho_test.missing)
     faults = defaultdict(list)
     for row in rows:
-        # The captions of a missing file are not known.
+        # The queries may be captions of missing clips, which are not known here.
         if row["query"] not in captions and not clotho_test.missing:
             faults[f"queries that are no captions of {clotho_test.name}"].append(row["query"])
         for name in parse_names(row["audio_filenames"]):
@@ -726,7 +755,7 @@ def check_annotations(table: Path, clotho_test: Split | None) -> int:
 
 
 def print_faults(faults: dict[str, list[str]]) -> int:
-    """Print at most twenty faults of each kind; return how many there are of all kinds."""
+    """Print at most twenty faults of each kind, and return the number of all faults."""
     for headline, lines in faults.items():
         if lines:
             print(textwrap.indent(str(InputError.of(headline, lines)), "  "))

@@ -1,5 +1,7 @@
 """Caption -> tokens -> RoBERTa's first token (report, sections 4 and 5).
 
+The report calls RoBERTa's tokenizer WordPiece; it is a byte-level BPE, which is used here.
+
 Q captions, L tokens in the longest of them (at most 32), W = 1024, RoBERTa-large's width.
 """
 
@@ -10,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-import transformers  # It loads RobertaModel, which takes seconds, where that is first used.
+import transformers  # It imports RobertaModel, which takes seconds, when that is first used.
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, processors
@@ -37,13 +39,14 @@ def tokenize(tokenizer: Tokenizer, captions: Sequence[str]) -> Tensor:
 
     Padding to 32 would give the same embeddings.
     """
-    # encode_batch would start threads, and the data workers are forked: captions go one by one.
+    # Captions are encoded one by one, since encode_batch would start threads, and threads do not
+    # survive the fork into data workers.
     ids = [torch.tensor(tokenizer.encode(normalise(caption)).ids) for caption in captions]
     return nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=PAD_ID)
 
 
 def train_bpe(captions: Iterable[str], vocabulary: int) -> Tokenizer:
-    """Train a byte-level BPE of RoBERTa's form on captions: the tiny preset needs no download."""
+    """Train a byte-level BPE of RoBERTa's form, so that the tiny preset needs no download."""
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(
         map(normalise, captions), vocabulary, special_tokens=SPECIAL_TOKENS, show_progress=False
@@ -56,14 +59,15 @@ def train_bpe(captions: Iterable[str], vocabulary: int) -> Tokenizer:
 def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
     """Load a RoBERTa tokenizer by its name at the Hugging Face hub, or from a folder.
 
-    InputError where it cannot be read or fetched, or is another model's.
+    Raises:
+        InputError: it cannot be read or fetched, or is another model's.
     """
     tokenizer = _published(transformers.AutoTokenizer, source, "--tokenizer")
     return set_truncation(tokenizer.backend_tokenizer)
 
 
 def set_truncation(tokenizer: Tokenizer) -> Tokenizer:
-    """Set a tokenizer to truncate and not to pad; InputError where it is not RoBERTa's."""
+    """Set a tokenizer to truncate and not to pad; an InputError if it is not RoBERTa's."""
     if tokenizer.token_to_id("<pad>") != PAD_ID:
         raise InputError("the tokenizer is missing or not RoBERTa's: <pad> has not the id 1")
     tokenizer.no_padding()
@@ -81,8 +85,8 @@ class TextTower(nn.Module):
         self.roberta = transformers.RobertaModel(config, add_pooling_layer=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(Q, L) int64 -> (Q, W): the last layer's first token, <s> (section 5's "[CLS]")."""
-        # The mask is 4-D, since transformers reads the values of a 2-D one, which is a GPU sync.
+        """Encode tokens as the last layer's <s>, section 5's "[CLS]": (Q, L) int64 -> (Q, W)."""
+        # The mask is 4-D, since transformers reads a 2-D one's values, which forces a GPU sync.
         mask = (tokens != PAD_ID)[:, None, None]  # (Q, 1, 1, L)
         return self.roberta(input_ids=tokens, attention_mask=mask).last_hidden_state[:, 0]
 
@@ -90,30 +94,31 @@ class TextTower(nn.Module):
 def published_roberta(source: str) -> "transformers.RobertaModel":
     """Load a RoBERTa without pooler by its name at the hub, or from a save_pretrained folder.
 
-    InputError where it cannot be read or fetched, or is another model.
+    Raises:
+        InputError: it cannot be read or fetched, or is another model.
     """
     options = dict(add_pooling_layer=False, output_loading_info=True)
     roberta = transformers.RobertaModel
     model, info = _published(roberta, source, "--text-model (or --preset tiny)", **options)
-    if info["missing_keys"]:  # transformers has drawn random weights for them
+    if info["missing_keys"]:  # transformers would only draw random weights for them.
         raise InputError(f"{source}: is no RoBERTa: lacks {min(info['missing_keys'])}")
     return model
 
 
 def _published(model_class: type, source: str | os.PathLike, option: str, **options):
-    """Load what transformers reads from a folder, or fetches by a name; else an InputError."""
+    """Load with transformers from a folder, or fetch by a name; an InputError if neither can be."""
     local = Path(source).exists()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         cached_only = local or not _hub_answers()
         return model_class.from_pretrained(str(source), local_files_only=cached_only, **options)
-    except Exception as error:  # transformers raises whatever its parsers meet
+    except Exception as error:  # transformers passes on whatever its parsers raise.
         reason = (str(error).strip() or repr(error)).splitlines()[0].rstrip(":.")
         action = "read as a RoBERTa" if local else "fetched from the Hugging Face hub"
         raise InputError(
-            f"{source}: cannot be {action} ({reason}): name a folder that save_pretrained wrote "
-            f"with {option}"
+            f"{source}: cannot be {action} ({reason}): with {option}, name a folder "
+            "that save_pretrained wrote"
         ) from error
 
 
@@ -121,10 +126,10 @@ def _published(model_class: type, source: str | os.PathLike, option: str, **opti
 def _hub_answers() -> bool:
     """Tell whether the Hugging Face hub can be reached.
 
-    Without this, its client retries for 47 s before a tokenizer fails, and 23 s for a model.
+    Without it, transformers retries for 47 s before it gives a tokenizer up, 23 s for a model.
     """
     try:
         get_hf_file_metadata(hf_hub_url(ROBERTA, "config.json"), timeout=5)  # s
-    except Exception as error:  # Without network, a proxy and offline mode raise one each.
+    except Exception as error:  # A missing network, a proxy and offline mode raise one each.
         return isinstance(error, HfHubHTTPError)  # An error page is an answer, too.
     return True

@@ -209,7 +209,7 @@ def test_a_folder_is_known_by_its_contents_wherever_it_lies(tmp_path):
         (b"file_name,caption\na.wav,\xe9t\xe9\n", r"UTF-8.*can't decode"),
         (b"file_name,caption\na.wav,rain\nb.wav\n", r"first line: line 3"),
         (b"file_name,caption\n", r"has no rows"),
-        (b"file_name,caption\na.wav,\n", r"no caption.*a\.wav"),
+        (b"file_name,caption\na.wav,\n", r"without a caption.*a\.wav"),
         (b"file\x1b[2Jname\n", r"first line is 'file\\x1b\[2Jname'|\\\\x1b"),
     ],
 )
