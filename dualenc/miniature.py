@@ -29,7 +29,7 @@ from tqdm import tqdm
 from dualenc.decoding import SAMPLE_RATE, to_int16, usable_cores
 from dualenc.errors import Parser, run_command
 
-# Both data sets have this rate: a model could tell them apart if one had more treble.
+# Both data sets have this rate, since a model could tell them apart by more treble in one of them.
 RATE_HZ = SAMPLE_RATE // 2
 SEED = 0
 
@@ -57,8 +57,8 @@ def arch(t: np.ndarray) -> np.ndarray:
 class Voice(NamedTuple):
     """A synthesiser for one sound; each method from `bark` on imitates a source: (samples,).
 
-    What such a method draws first holds throughout the sound (this dog). What it draws within its
-    function `stroke` differs from stroke to stroke (each bark).
+    Such a method first draws what holds throughout the sound (which dog it is). What it draws
+    within its function `stroke` differs from stroke to stroke (how each of its barks sounds).
     """
 
     rng: np.random.Generator
@@ -71,14 +71,14 @@ class Voice(NamedTuple):
         return value * self.rng.uniform(1 - spread, 1 + spread)
 
     def time(self, duration_s=None):
-        """Return the time of each sample in seconds (n,): the whole sound's without a duration."""
+        """Return each sample's time in seconds: (n,), of the whole sound if without duration."""
         n = self.samples if duration_s is None else int(duration_s * RATE_HZ)
         return np.arange(n) / RATE_HZ
 
     def noise(self, n, low_hz, high_hz):
         """Return noise (n,) of RMS 1 that falls by 12 dB an octave outside the band."""
-        # An FFT is ten times as slow where the length has a large prime factor, so the length is
-        # rounded up to one that has few odd factors.
+        # The length is rounded up to one without large prime factors, with which an FFT would be
+        # ten times as slow.
         step = 2 ** max(1, n.bit_length() - 4)
         length = math.ceil(n / step) * step
         hz = np.fft.rfftfreq(length, 1 / RATE_HZ).astype(np.float32)
@@ -89,12 +89,17 @@ class Voice(NamedTuple):
         return band / band.std()
 
     def pulses(self, hz, sharpness):
-        """Return pulses (n,) at the rate hz (n,): the sharper, the stronger their harmonics."""
+        """Return pulses (n,) at the rate hz (n,); the sharper they are, the more harmonics."""
         train = np.exp(sharpness * (np.cos(2 * np.pi * np.cumsum(hz) / RATE_HZ) - 1))
         return train - train.mean()
 
     def repeat(self, stroke, period_s, jitter=0.05):
-        """Lay out what stroke() returns again and again, at this voice's pace."""
+        """Repeat strokes through the whole sound, at this voice's pace: (samples,).
+
+        Args:
+            stroke: a function that returns a new stroke (n,) at each call.
+            jitter: by what share the time between two strokes varies.
+        """
         sound = np.zeros(self.samples)
         period_s = self.vary(period_s) / self.pace
         start_s = self.rng.uniform(0.1, 0.3) * period_s
@@ -115,7 +120,7 @@ class Voice(NamedTuple):
         return noise_level * noise + hum_level * hum
 
     def bark(self):
-        """A dog: the mouth opens and shuts, and the pitch goes up and down with it."""
+        """Imitate a dog: the mouth opens and shuts, and the pitch goes up and down with it."""
         dog_hz = self.vary(430 * self.pitch)
         dog_s = self.vary(0.17)
 
@@ -129,7 +134,7 @@ class Voice(NamedTuple):
         return self.repeat(stroke, period_s=0.5, jitter=0.15)
 
     def chirp(self):
-        """A bird: short whistles, each bent up or down."""
+        """Imitate a bird: short whistles, each bent up or down."""
         bird_hz = self.vary(3200 * self.pitch, 0.08)
 
         def stroke():
@@ -142,14 +147,14 @@ class Voice(NamedTuple):
         return self.repeat(stroke, period_s=0.24, jitter=0.35)
 
     def patter(self):
-        """Rain: many small drops and a few big ones, each 3 ms of noise."""
+        """Imitate rain: many small drops and a few big ones, each 3 ms of noise."""
         drop_samples = int(0.003 * RATE_HZ)
         drop_levels = self.rng.gamma(0.4, size=self.samples // drop_samples + 1)
         drops = np.repeat(drop_levels, drop_samples)[: self.samples]
         return self.noise(self.samples, self.vary(2000, 0.3), 7000) * (0.4 + drops)
 
     def toll(self):
-        """A bell: partials at a bell's ratios, of which the higher ones die away sooner."""
+        """Imitate a bell: partials at a bell's ratios; the higher ones die away sooner."""
         bell_hz = self.vary(700 * self.pitch)
         t = self.time(2.0)
         strike = np.zeros(len(t))
@@ -163,14 +168,14 @@ class Voice(NamedTuple):
         return self.repeat(stroke, period_s=0.8)
 
     def wail(self):
-        """A siren: its pitch goes up and down without a pause."""
+        """Imitate a siren: its pitch goes up and down without a pause."""
         siren_hz = self.vary(750 * self.pitch)
         octaves = self.vary(0.5)
         turns = self.vary(0.6) * self.pace * self.time() + self.rng.uniform()
         return self.pulses(siren_hz * 2 ** (octaves * sine(turns)), sharpness=1.5)
 
     def motor(self):
-        """An engine: explosions at a rate that wavers a little, and the rattle of its case."""
+        """Imitate an engine: explosions at a wavering rate, and the rattle of its case."""
         engine_hz = self.vary(85 * self.pitch)
         wavering_hz = engine_hz * (1 + 0.04 * sine(self.vary(0.7, 0.5) * self.time()))
         explosions = self.pulses(wavering_hz, sharpness=self.vary(10, 0.4))
@@ -178,7 +183,7 @@ class Voice(NamedTuple):
         return explosions + 0.08 * rattle
 
     def steps(self):
-        """Footsteps: the thud of a heel and the scrape of a sole."""
+        """Imitate footsteps: the thud of a heel and the scrape of a sole."""
         floor_hz = self.vary(95, 0.25)
         t = self.time(0.18)
 
@@ -190,7 +195,7 @@ class Voice(NamedTuple):
         return self.repeat(stroke, period_s=0.55)
 
     def tick(self):
-        """A clock: a tick and a lower tock in turn."""
+        """Imitate a clock: a tick and a lower tock in turn."""
         t = self.time(0.06)
         clicks = []
         for hz in (self.vary(2900), self.vary(2000)):
@@ -210,7 +215,7 @@ class Voice(NamedTuple):
 class Manner(NamedTuple):
     """How a sound is made: words for it, and ranges to draw from.
 
-    The ranges of different manners lie apart, so that no adverb is a matter of taste.
+    The ranges of different manners lie apart, so that an adverb is either true or false.
     """
 
     adverbs: tuple[str, ...] = ()
@@ -247,7 +252,7 @@ class Source(NamedTuple):
 
     synthesiser: Callable[[Voice], np.ndarray]
     manners: tuple[str, ...]
-    title: str  # begins the names of its files, which are as awkward as Clotho's
+    title: str  # the beginning of its files' names, which are as awkward as Clotho's
     phrases: tuple[Phrase, ...]
 
 
@@ -357,7 +362,7 @@ class Scene(NamedTuple):
         return (*self.front, self.bed)
 
 
-# The share of scenes with so many sounds at the front, without and with a bed.
+# {(number of sounds at the front, whether there is a bed): the share of such scenes}
 SHAPES = {(1, False): 0.2, (2, False): 0.35, (3, False): 0.1, (1, True): 0.25, (2, True): 0.1}
 # The share of sounds that have no manner, and of manners that a caption leaves out.
 PLAIN_SHARE = 0.25
@@ -365,7 +370,7 @@ UNTOLD_SHARE = 0.25
 
 
 def draw_scene(rng: np.random.Generator) -> Scene:
-    """Draw a scene in which no source comes twice."""
+    """Draw a scene in which no source occurs twice."""
     front_sounds, has_bed = choose_by_share(rng, SHAPES)
     sources = rng.permutation(list(SOURCES)).tolist()
     front = []
@@ -391,25 +396,25 @@ def facts(scene: Scene) -> set[str]:
 
     A caption is true of a clip if the facts that it tells are among the facts of the clip's scene.
     """
-    true = set()
+    sentences = set()
     for sound in scene.sounds:
-        true.add(f"{sound.source} is heard")
+        sentences.add(f"{sound.source} is heard")
         if sound.manner is not None:
-            true.add(f"{sound.source} is {sound.manner}")
+            sentences.add(f"{sound.source} is {sound.manner}")
     for earlier, later in itertools.combinations(scene.front, 2):
-        true.add(f"{earlier.source} comes before {later.source}")
+        sentences.add(f"{earlier.source} comes before {later.source}")
     if scene.bed is not None:
         for sound in scene.front:
             first, second = sorted((sound.source, scene.bed.source))
-            true.add(f"{first} and {second} are heard together")
-    return true
+            sentences.add(f"{first} and {second} are heard together")
+    return sentences
 
 
 # --- Scene -> waveform ------------------------------------------------------------------------
 
 FADE_SAMPLES = RATE_HZ // 20  # 50 ms
 FRAME_SAMPLES = RATE_HZ // 50  # 20 ms; a sound's level is the RMS of its loudest frame
-PEAK = 0.9  # The largest sample of a mix is at most this; full scale is 1.
+PEAK = 0.9  # the most that a mix's largest sample may be; full scale is 1
 
 
 def render(scene: Scene, samples: int, rng: np.random.Generator) -> np.ndarray:
@@ -454,14 +459,14 @@ def synthesise(sound: Sound, samples: int, rng: np.random.Generator) -> np.ndarr
 class DataSet(NamedTuple):
     """Where the files of a data set lie, how long its clips are, and how its captions are worded.
 
-    In the patterns of captions {} is a sound at the front. A bed is added to that: {bed_clause} is
-    "rain falls", {bed_participle} "rain falling".
+    In the patterns of captions, each {} stands for a sound at the front; in with_bed, {front} is
+    what these make, {bed_clause} such as "rain falls", {bed_participle} such as "rain falling".
     """
 
-    sounds: str  # the folder of a split {}
-    table: str  # the csv file of a split {}
+    sounds: str  # the folder of a split's sounds; {} is the split
+    table: str  # a split's csv file
     seconds: dict[tuple[float, float], float]  # ranges of durations, and the share of each
-    # Sentences have finite verbs, places and a full stop; the others only participles.
+    # Captions are sentences with finite verbs, places and a full stop, or else only participles.
     has_sentences: bool
     one_sound: tuple[str, ...]
     two_sounds: tuple[str, ...]
@@ -505,16 +510,16 @@ AUDIOCAPS = DataSet(
 
 
 def captions(scene: Scene, data_set: DataSet, n: int, rng: np.random.Generator) -> dict[str, Scene]:
-    """Return n different captions of a scene, and with each the scene as far as it is told."""
-    told_by = {}
-    while len(told_by) < n:
+    """Return {caption: what it tells of the scene}, with n different captions."""
+    scene_of_caption = {}
+    while len(scene_of_caption) < n:
         told = leave_out_manners(scene, rng)
-        told_by[compose(told, data_set, rng)] = told
-    return told_by
+        scene_of_caption[compose(told, data_set, rng)] = told
+    return scene_of_caption
 
 
 def leave_out_manners(scene: Scene, rng: np.random.Generator) -> Scene:
-    """Return the scene without some of its manners, as nobody tells everything."""
+    """Return the scene without some of its manners, since a caption need not tell all of them."""
     told = []
     for sound in scene.sounds:
         if rng.random() < UNTOLD_SHARE:
@@ -560,9 +565,9 @@ def phrase(sound: Sound, verb_form: str, data_set: DataSet, rng: np.random.Gener
     return " ".join(words)
 
 
-# --- Clips, and the annotations of an evaluation split ----------------------------------------
+# --- Clips, and the annotations of the evaluation split ---------------------------------------
 
-# A clip's key is (SEED, the number of its split in this list, its index).
+# Each clip is drawn from the seed (SEED, the number of its split here, its index in the split).
 SPLITS = {
     "development": CLOTHO,
     "validation": CLOTHO,
@@ -572,7 +577,9 @@ SPLITS = {
     "test": AUDIOCAPS,
 }
 CLIPS = dict(development=160, validation=48, evaluation=100, train=480, val=16, test=16)
-SLOT_S = 2.4  # A shorter sound at the front could not be heard to be slow.
+# Clips have at least this many seconds for each sound at the front, since a slow one would not be
+# heard to be slow in less.
+SECONDS_PER_SOUND = 2.4
 YOUTUBE_ALPHABET = "-_ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 
 
@@ -581,36 +588,36 @@ class Clip(NamedTuple):
 
     file_name: str
     scene: Scene
-    captions: dict[str, Scene]  # with each caption the scene as far as it is told
+    captions: dict[str, Scene]  # {caption: what it tells of the scene}
 
 
 def write_clip(folder: Path, split: str, index: int) -> Clip:
-    """Write the sound of one clip, all of which follows from its split and index."""
+    """Write the sound of one clip; everything about it follows from its split and index."""
     rng = np.random.default_rng((SEED, list(SPLITS).index(split), index))
     data_set = SPLITS[split]
     captions_per_clip = 1 if split == "train" else 5  # Only AudioCaps' train split has one.
 
     scene = draw_scene(rng)
     shortest, longest = choose_by_share(rng, data_set.seconds)
-    seconds = max(SLOT_S * len(scene.front), rng.uniform(shortest, longest))
+    seconds = max(SECONDS_PER_SOUND * len(scene.front), rng.uniform(shortest, longest))
     waveform = render(scene, round(seconds * RATE_HZ), rng)
-    told_by = captions(scene, data_set, captions_per_clip, rng)
+    scene_of_caption = captions(scene, data_set, captions_per_clip, rng)
 
     if data_set is CLOTHO:
         file_name = f"{SOURCES[scene.front[0].source].title} {index:03d}.wav"
     else:
-        # The first ids begin with - and _, which trip readers.
+        # The first ids begin with - and _, as some real ones do, on which programs may stumble.
         youtube_id = YOUTUBE_ALPHABET[index % len(YOUTUBE_ALPHABET)]
         for _ in range(10):
             youtube_id += choose(rng, YOUTUBE_ALPHABET)
         start_s = 10 * rng.integers(30)
         file_name = f"{youtube_id}_{start_s}.wav"
     write_wav(folder / data_set.sounds.format(split) / file_name, waveform)
-    return Clip(file_name, scene, told_by)
+    return Clip(file_name, scene, scene_of_caption)
 
 
 def annotate(clips: Sequence[Clip], rng: np.random.Generator) -> dict[str, list[str]]:
-    """Return a caption of each clip as a query: {query: files of all clips of which it is true}."""
+    """Choose a caption of each clip as a query: {query: files of all clips of which it is true}."""
     relevant_files = {}
     for clip in clips:
         query = choose(rng, list(clip.captions))
@@ -625,10 +632,13 @@ def annotate(clips: Sequence[Clip], rng: np.random.Generator) -> dict[str, list[
 # --- Files ------------------------------------------------------------------------------------
 
 def write_miniature(folder: Path, sizes: dict[str, int] = CLIPS) -> str:
-    """Write both data sets into a new folder, with so many clips of each split.
+    """Write both data sets into a new folder, and return a line that says what was done.
 
-    Returns a line that says what was done. All is first written to a hidden folder beside it; where
-    an interruption left that one unfinished, it is completed.
+    All is first written to a hidden folder beside it, which is renamed at the end. After an
+    interruption the next call writes that folder anew and completes it.
+
+    Args:
+        sizes: {split: number of its clips}.
     """
     if folder.exists() and any(folder.iterdir()):
         return f"{folder}: is there already, and left as it is."
@@ -638,8 +648,8 @@ def write_miniature(folder: Path, sizes: dict[str, int] = CLIPS) -> str:
             (unfinished / SPLITS[split].sounds.format(split)).mkdir(parents=True, exist_ok=True)
             write = functools.partial(write_clip, unfinished, split)
             written = pool.map(write, range(count))
-            progress = tqdm(written, split, count, unit="clip", leave=False, disable=None)
-            write_tables(unfinished, split, list(progress))
+            bar = tqdm(written, split, count, unit="clip", leave=False, disable=None)
+            write_tables(unfinished, split, list(bar))
     unfinished.replace(folder)
     return f"{folder}: {sum(sizes.values())} clips with captions and annotations."
 

@@ -62,7 +62,8 @@ def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
     Raises:
         InputError: it cannot be read or fetched, or is another model's.
     """
-    tokenizer = _published(transformers.AutoTokenizer, source, "--tokenizer")
+    remedy = "with --tokenizer, name a folder that save_pretrained wrote"
+    tokenizer = _published(transformers.AutoTokenizer, source, remedy)
     return set_truncation(tokenizer.backend_tokenizer)
 
 
@@ -97,15 +98,18 @@ def published_roberta(source: str) -> "transformers.RobertaModel":
     Raises:
         InputError: it cannot be read or fetched, or is another model.
     """
+    remedy = (
+        "with --text-model, name a folder that save_pretrained wrote, or take --preset tiny, which "
+        "needs none"
+    )
     options = dict(add_pooling_layer=False, output_loading_info=True)
-    roberta = transformers.RobertaModel
-    model, info = _published(roberta, source, "--text-model (or --preset tiny)", **options)
+    model, info = _published(transformers.RobertaModel, source, remedy, **options)
     if info["missing_keys"]:  # transformers would only draw random weights for them.
         raise InputError(f"{source}: is no RoBERTa: lacks {min(info['missing_keys'])}")
     return model
 
 
-def _published(model_class: type, source: str | os.PathLike, option: str, **options):
+def _published(model_class: type, source: str | os.PathLike, remedy: str, **options):
     """Load with transformers from a folder, or fetch by a name; an InputError if neither can be."""
     local = Path(source).exists()
     logging.set_verbosity_error()
@@ -117,8 +121,7 @@ def _published(model_class: type, source: str | os.PathLike, option: str, **opti
         reason = (str(error).strip() or repr(error)).splitlines()[0].rstrip(":.")
         action = "read as a RoBERTa" if local else "fetched from the Hugging Face hub"
         raise InputError(
-            f"{source}: cannot be {action} ({reason}): with {option}, name a folder "
-            "that save_pretrained wrote"
+            f"{source}: cannot be {action} ({reason}): {remedy}"
         ) from error
 
 
