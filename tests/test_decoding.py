@@ -644,7 +644,8 @@ def test_a_full_disk_ends_decoding_at_once(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(decoding, "to_int16", full)
-    with pytest.raises(InputError, match=r"npy: cannot be written \(No space left on device\)"):
+    # Not a list of sounds that cannot be used: it is no fault of theirs.
+    with pytest.raises(InputError, match=rf"^{tmp_path}/cache/\w+.npy: cannot be written \(No sp"):
         decoding.decode_once(paths, tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
 
