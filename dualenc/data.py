@@ -35,7 +35,7 @@ from dualenc.audio import crop, to_segments
 from dualenc.decoding import (
     SAMPLE_RATE, Waveforms, all_channels, decode_once, sounds_below, stream_audio, usable_cores,
 )
-from dualenc.errors import InputError, Parser, printable, run_command
+from dualenc.errors import InputError, Parser, counted, printable, run_command
 from dualenc.text import tokenize
 
 PARTS = ("train", "val", "test")
@@ -114,11 +114,6 @@ def parse_split_name(name: str) -> tuple[str, str]:
 def short_digest(values) -> str:
     """Return eight hexadecimal digits that stand for the values."""
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]
-
-
-def counted(count: int, noun: str) -> str:
-    """Return "1 clip", "1,045 clips"."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def read_split(dataset: str, part: str, data_dir: Path) -> Split:

@@ -13,14 +13,14 @@ MAX_LISTED_FAULTS = 20
 
 
 class InputError(ValueError):
-    """Bad input: names the file, row or option and says what to do, in a line for each argument."""
+    """Bad input: each argument is a line; they name the file, row or option, and what to do."""
 
     def __init__(self, *lines: str):
         super().__init__("\n  ".join(printable(line) for line in lines))
 
     @classmethod
     def of(cls, headline: str, faults: Sequence[str]) -> "InputError":
-        """Make one error of faults of one kind: the first twenty, then how many more."""
+        """Make one error of several faults: the first twenty, then how many more there are."""
         if len(faults) == 1:
             return cls(f"{headline}: {faults[0]}")
         lines = [f"{headline} ({len(faults):,}):", *faults[:MAX_LISTED_FAULTS]]
@@ -34,11 +34,18 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def counted(count: int, singular: str, plural: str | None = None) -> str:
+    """Write a count with its noun: "1 clip", "1,045 clips"; the plural is by default with an s."""
+    if count == 1:
+        return f"1 {singular}"
+    return f"{count:,} {plural or singular + 's'}"
+
+
 # --- Options ---
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser for whose errors one line is enough."""
+    """An argument parser whose errors are InputErrors: one line, without the list of options."""
 
     def __init__(self, description: str):
         super().__init__(
@@ -99,7 +106,7 @@ def run_command(main: Callable[[], int | None], rank: int = 0) -> None:
 
     Args:
         main: does the command's work; returns its exit status, None for 0.
-        rank: this process's number among several; the first one prints what all of them meet.
+        rank: this process's number among several; only the first of them prints an error.
     """
     name = Path(sys.argv[0]).name
     for stream in (sys.stdout, sys.stderr):  # A file's name need not be valid UTF-8.
@@ -146,17 +153,17 @@ def reason_of(error: Exception) -> str | None:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, by_many: bool = False) -> Iterator[Path]:
-    """Yield a temporary path; when all is written to it, it takes path's place.
+    """Yield a temporary path; once it is written whole, its file takes the place of `path`.
 
-    Where writing was killed, one temporary file stays, which the next write replaces.
+    If the process is killed meanwhile, one temporary file stays, which the next write replaces.
 
     Args:
         path: the file; its folder is made where there is none.
-        by_many: several processes may write the file at once, so that each needs its own temporary
-            file: one that stays is not replaced.
+        by_many: several processes may write the file at once, so each has a temporary file of its
+            own, and one that stays is not replaced.
 
     Raises:
-        InputError: it cannot be written (no space, no permission); the old file is intact.
+        InputError: the file cannot be written (no space, no permission); the old one is intact.
     """
     path = Path(path)
     writer = f".{os.getpid()}" if by_many else ""

@@ -1,7 +1,8 @@
 """The two training losses (report, section 2), and gathering embeddings over processes.
 
-B pairs of the whole batch, D embedding values, M teachers. Embeddings have unit norm, so their
-products are cosines. All is computed in float32.
+B pairs (clip, caption) of the whole batch, B_r of them in this process; N clips; Q captions;
+D embedding values; M teachers. Embeddings have unit norm, so their products are cosines. Everything
+is computed in float32. "The baseline" is the official one of the DCASE 2025 challenge, task 6.
 """
 
 from collections.abc import Sequence
@@ -13,26 +14,30 @@ from torch import Tensor
 
 def similarities(audio: Tensor, text: Tensor, tau: Tensor | float) -> Tensor:
     """Compare all sounds with all captions: (N, D), (Q, D) -> (N, Q) float32 cosines / tau."""
-    # Dividing before the product rounds less than dividing the logits, which reach 1 / tau.
     return (audio.float() / tau) @ text.float().T
 
 
 def contrastive_loss(audio: Tensor, text: Tensor, clip_ids: Tensor, tau: Tensor | float) -> Tensor:
-    """Compute L_contrastive = H(p, q) of section 2, as the baseline fills it in.
+    """Compute L_contrastive = H(p, q) of section 2.
 
-    It is the mean of -log softmax over all pairs of the batch that belong to the same clip,
-    averaged over the two directions: over the captions of each clip and over the clips of each
-    caption.
+    The report leaves p open. As in the baseline, every entry (i, j) of the (B, B) logits whose clip
+    and caption belong together counts twice: with -log softmax along row i, over all captions, and
+    with -log softmax along column j, over all clips. The loss is the mean of all these values, so
+    every match has the same weight, and a row with several matches has more.
 
     Args:
         audio, text: (B, D), row i of each is pair i.
         clip_ids: (B,) integers; equal where two pairs show the same clip.
     """
     logits = similarities(audio, text, tau)
-    same_clip = (clip_ids[:, None] == clip_ids[None, :]).float()
+    # The clip alone decides. Captions that several clips share are kept (section 4), so the same
+    # words under another clip count as a negative.
+    is_match = (clip_ids[:, None] == clip_ids[None, :]).float()
+    log_q_of_captions = logits.log_softmax(dim=1)
+    log_q_of_clips = logits.log_softmax(dim=0)
+    log_q = (log_q_of_captions + log_q_of_clips) / 2
     # Multiply by the mask: boolean indexing would force a GPU sync.
-    log_q = logits.log_softmax(dim=1) + logits.log_softmax(dim=0)
-    return -(log_q * same_clip).sum() / same_clip.sum() / 2
+    return -(log_q * is_match).sum() / is_match.sum()
 
 
 def distillation_loss(
@@ -41,22 +46,26 @@ def distillation_loss(
 ) -> Tensor:
     """Compute L_distill of section 2: H(p^, q), with p^ from the teachers' mean cosines.
 
-    The report prints H(p^, p^), a constant for the student; Primus et al. (DCASE 2024 workshop)
-    give H(p^, q), q being the student's softmax; averaged over the two directions.
+    The report prints H(p^, p^), which does not depend on the student. Primus et al. (DCASE 2024
+    workshop) give H(p^, q): q is the softmax of the student's logits, p^ that of the teachers' mean
+    logits, with the student's tau in both. The loss is the mean of two directions: the softmax over
+    all captions of each clip, and the softmax over all clips of each caption.
 
     Args:
         audio, text: (B, D), the student's.
         teacher_audio, teacher_text: (M, B, D), or M tensors (B, D_m): widths may differ.
     """
-    student = similarities(audio, text, tau)
-    teacher_logits = [
+    student_logits = similarities(audio, text, tau)
+    logits_of_teachers = [
         similarities(one_audio, one_text, tau)
         for one_audio, one_text in zip(teacher_audio, teacher_text, strict=True)
     ]
-    teacher = torch.stack(teacher_logits).mean(dim=0).detach()
+    teacher_logits = torch.stack(logits_of_teachers).mean(dim=0).detach()
 
     def cross_entropy(dim: int) -> Tensor:
-        return -(teacher.softmax(dim) * student.log_softmax(dim)).sum(dim).mean()
+        p_hat = teacher_logits.softmax(dim)
+        log_q = student_logits.log_softmax(dim)
+        return -(p_hat * log_q).sum(dim).mean()
 
     return (cross_entropy(0) + cross_entropy(1)) / 2
 
@@ -64,9 +73,9 @@ def distillation_loss(
 def gather(share: Tensor) -> Tensor:
     """Gather the embeddings of all processes in rank order: (B_r, D) -> (B, D).
 
-    Every process computes the loss of the whole batch, and its gradient flows into its own rows
-    only: summed over processes, that is the gradient of one process with all of them. Every B_r is
-    the same.
+    All processes have equally many pairs. Each computes the loss of the whole batch, but gradients
+    reach only the rows that it has embedded itself. Summed over the processes, they are the
+    gradients that one process with all B pairs would get.
     """
     if not dist.is_initialized():
         return share

@@ -1,7 +1,8 @@
 """Embeddings and relevance -> mAP@k and R@k (report, section 6 and Table 1).
 
-Q queries, N candidates, D embedding values, P pairs of a query and a candidate that is relevant to
-it, R the most relevant candidates that any query has, C clips. Metrics are fractions from 0 to 1.
+Q queries; N candidates; D embedding values; T targets, the relevant candidates of all queries, one
+query after the other; R, the largest number of relevant candidates of any query; C clips from which
+a bootstrap draws. Metrics are fractions from 0 to 1.
 """
 
 import itertools
@@ -56,32 +57,33 @@ def ranks(text: Tensor, audio: Tensor, relevant: Sequence[Sequence[int]]) -> lis
     if not (text.isfinite().all() and audio.isfinite().all()):
         raise InputError("embeddings are not finite numbers: the model has diverged or is damaged")
 
-    pairs_per_query = [len(candidates) for candidates in relevant]
-    query = torch.arange(len(relevant)).repeat_interleave(torch.tensor(pairs_per_query))  # (P,)
-    target = torch.tensor(list(itertools.chain.from_iterable(relevant)))  # (P,)
+    targets_per_query = [len(candidates) for candidates in relevant]
+    query = torch.arange(len(relevant)).repeat_interleave(torch.tensor(targets_per_query))  # (T,)
+    target = torch.tensor(list(itertools.chain.from_iterable(relevant)))  # (T,)
     candidate = torch.arange(len(audio))  # (N,)
-    rank = torch.empty_like(query)  # (P,)
+    rank = torch.empty_like(query)  # (T,)
 
-    # The (P, N) matrix of all similarities is never held whole. Its blocks share their memory:
+    # The (T, N) matrix of all similarities is never held whole. Its blocks share their memory:
     # new memory for each block would take 10 % more time.
-    pairs_per_block = max(1, BLOCK_BYTES // (4 * len(audio)))
-    block = torch.empty(pairs_per_block, len(audio))
-    for pairs in torch.arange(len(query)).split(pairs_per_block):
-        similarity = torch.mm(text[query[pairs]], audio.T, out=block[: len(pairs)])  # (pairs, N)
-        target_similarity = similarity.gather(1, target[pairs, None])  # (pairs, 1)
-        ranks_before = similarity > target_similarity
+    rows_per_block = max(1, BLOCK_BYTES // (4 * len(audio)))
+    block = torch.empty(rows_per_block, len(audio))
+    for rows in torch.arange(len(target)).split(rows_per_block):
+        similarity = torch.mm(text[query[rows]], audio.T, out=block[: len(rows)])  # (rows, N)
+        target_similarity = similarity.gather(1, target[rows, None])  # (rows, 1)
+        is_before = similarity > target_similarity
         is_tie = similarity == target_similarity
-        ranks_before |= is_tie & (candidate < target[pairs, None])
+        is_before |= is_tie & (candidate < target[rows, None])
         # NumPy counts true values several times faster than torch sums them.
-        rank[pairs] = 1 + torch.from_numpy(np.count_nonzero(ranks_before.numpy(), axis=1))
+        rank[rows] = 1 + torch.from_numpy(np.count_nonzero(is_before.numpy(), axis=1))
     ascending = np.lexsort((rank, query))  # by query, and for each query by rank
-    return list(rank[ascending].split(pairs_per_query))
+    return list(rank[ascending].split(targets_per_query))
 
 
-def query_metrics(ranks: Sequence[Tensor]) -> dict[str, Tensor]:
+def query_metrics(relevant_ranks: Sequence[Tensor]) -> dict[str, Tensor]:
     """Compute the metrics of each query by itself: {name: (Q,) float64}.
 
-    `ranks` holds, for each query, the ranks of all its relevant candidates, ascending from 1.
+    `relevant_ranks` is what ranks() returns: for each query the ranks of all its relevant
+    candidates, ascending from 1.
 
     Average precision at k (AP@k) is the sum, over the relevant candidates that rank within k, of
     (their rank among the relevant) / rank, divided by the number of all relevant candidates, not
@@ -96,10 +98,13 @@ def query_metrics(ranks: Sequence[Tensor]) -> dict[str, Tensor]:
     """
     # Padding has a rank beyond every cutoff.
     padding = torch.iinfo(torch.int64).max
-    rank = pad_sequence(list(ranks), batch_first=True, padding_value=padding)  # (Q, R)
+    rank = pad_sequence(
+        list(relevant_ranks), batch_first=True, padding_value=padding
+    )  # (Q, R)
     rank_among_relevant = torch.arange(1, rank.shape[1] + 1, dtype=torch.float64)  # (R,)
     precision = rank_among_relevant / rank  # (Q, R)
-    relevant_count = torch.tensor([len(ranks_of_query) for ranks_of_query in ranks])  # (Q,)
+    counts = [len(ranks_of_query) for ranks_of_query in relevant_ranks]
+    relevant_count = torch.tensor(counts)  # (Q,)
 
     values = {}
     for k in MAP_CUTOFFS:
@@ -118,8 +123,8 @@ def bootstrap(
 
     `values` holds the metrics of each query, {name: (Q,)}. The clips of a resample are drawn with
     replacement, each with all of its queries, since these are not independent of each other. The
-    same clip_of_query (Q,) and seed draw the same clips: the difference of two models' means is the
-    paired bootstrap.
+    same clip_of_query (Q,) and seed draw the same clips, so two models' means may be subtracted
+    draw by draw (the paired bootstrap).
     """
     clips, row_of_query = np.unique(clip_of_query, return_inverse=True)  # (C,), (Q,)
     drawn = np.random.default_rng(seed).integers(len(clips), size=(draws, len(clips)))
@@ -136,6 +141,6 @@ def bootstrap(
 
 
 def interval(means: np.ndarray) -> tuple[float, float]:
-    """Return the bounds that hold the middle 95 % of bootstrap means: the percentile interval."""
+    """Return the bounds of the middle 95 % of a bootstrap's means: the percentile interval."""
     low, high = np.percentile(means, INTERVAL_PERCENTILES)
     return float(low), float(high)

@@ -38,7 +38,9 @@ from tqdm import tqdm
 from dualenc import audio, decoding, page
 from dualenc.checkpoints import checkpoint_file, newest_checkpoint, save_atomically
 from dualenc.data import read_csv
-from dualenc.errors import InputError, Parser, positive_int, printable, replacing, run_command
+from dualenc.errors import (
+    InputError, Parser, counted, positive_int, printable, replacing, run_command,
+)
 from dualenc.model import PRECISIONS, DualEncoder, choose_device, choose_precision
 
 INDEX_NAME = ".dualenc-index"  # Hidden: a scan of the sounds passes over it.
@@ -278,13 +280,6 @@ def in_words(sentence: str) -> str:
     if not any(c.isalnum() for c in sentence):
         raise InputError(f"{sentence.strip()!r}: no word is left to search for")
     return sentence.strip().translate(STRAIGHT).encode(errors="replace").decode()
-
-
-def counted(number: int, singular: str, plural: str | None = None) -> str:
-    """Return "1 file", or "2,000 files"."""
-    if number == 1:
-        return f"1 {singular}"
-    return f"{number:,} {plural or singular + 's'}"
 
 
 # --- The index on disk: a folder of parts for each model ---
