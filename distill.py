@@ -21,7 +21,7 @@ from dualenc.losses import contrastive_loss, distillation_loss
 from dualenc.model import DualEncoder, choose_device, choose_precision
 from dualenc.training import RANK, first_process_first, join_processes
 from train import (
-    add_training_options, decode, make_batches, names_of, open_run, report_device, report_model,
+    add_training_options, decode, make_batches, names_of, open_run, print_device, print_model,
     train,
 )
 
@@ -32,8 +32,8 @@ def parse_arguments():
     models = parser.add_argument_group("models")
     models.add_argument(
         "--teachers", nargs="+", required=True,
-        help="checkpoints, run folders, or names of published ones (salsa, baseline); their sizes "
-        "may differ",
+        help="checkpoints, run folders, or published ones by name (salsa, or baseline: the "
+        "official one of DCASE 2025); their sizes may differ",
     )
     models.add_argument(
         "--init", help="checkpoint from which the student starts (default: the first teacher)"
@@ -62,58 +62,62 @@ def parse_arguments():
 def main() -> int:
     args = parse_arguments()
 
-    # --- The device: this process is alone, or one of torchrun's ---
+    # --- The device: this is the only process, or one of several that torchrun started ---
     device = choose_device(args.device)
     join_processes(device)
-    report_device(device)
+    print_device(device)
 
-    # --- The data: what is trained on, and what chooses the best epoch (section 3) ---
+    # --- The data: splits to train on, and one that chooses the best epoch (section 3) ---
     splits, validation = training_splits(args.datasets, args.validation, args.data_dir)
 
-    # --- The student: it has seen what its teachers have ---
-    with first_process_first():  # The first one may download.
-        args.teachers = [checkpoint_file(teacher) for teacher in args.teachers]
-        start = checkpoint_file(args.init) if args.init else args.teachers[0]
-        student = DualEncoder.load(start, device, args.tokenizer)
+    # --- The student: a copy of the first teacher, or another checkpoint ---
+    with first_process_first():  # Weights may have to be downloaded.
+        args.teachers = [checkpoint_file(name_or_path) for name_or_path in args.teachers]
+        student_file = checkpoint_file(args.init) if args.init else args.teachers[0]
+        student = DualEncoder.load(student_file, device, args.tokenizer)
+    # What the teachers were trained on counts as seen by the student, so that evaluate.py refuses to
+    # measure it there.
     seen_by_teachers = set()
-    for teacher in args.teachers:
-        seen_by_teachers.update(read_checkpoint(teacher)["trained_on"])
+    for teacher_file in args.teachers:
+        seen_by_teachers.update(read_checkpoint(teacher_file)["trained_on"])
     student.stage = "distilled"
     student.trained_on = sorted(
         {*student.trained_on, *seen_by_teachers, *(split.name for split in splits)}
     )
     student.precision = choose_precision(args.precision, device)
-    report_model(student)
+    print_model(student)
 
     # --- The batches and the run's folder, before anything that takes long ---
     batches = make_batches(args, splits, student)
-    name = ["distilled", *names_of(args.datasets), "from", *datasets_of(seen_by_teachers)]
-    digests = [digest_of_file(teacher) for teacher in args.teachers]
-    run = open_run(args, name, student, splits, validation, teacher_digests=digests)
+    name_parts = ["distilled", *names_of(args.datasets), "from", *datasets_of(seen_by_teachers)]
+    digests = [digest_of_file(teacher_file) for teacher_file in args.teachers]
+    run = open_run(args, name_parts, student, splits, validation, teacher_digests=digests)
 
     # --- The sounds: decoded once (section 4) ---
     decode(args, splits, validation)
 
     # --- The teachers: each embeds the training set once ---
-    teachers = []
-    for path, digest in zip(args.teachers, digests, strict=True):
-        embeddings_path = run.folder / f"teacher-{digest}.pt"
+    embeddings_of_teachers = []
+    for teacher_file, digest in zip(args.teachers, digests, strict=True):
+        embeddings_file = run.folder / f"teacher-{digest}.pt"
         with first_process_first():
-            if not embeddings_path.exists():
-                teacher = DualEncoder.load(path, device, args.tokenizer)
+            if not embeddings_file.exists():
+                teacher = DualEncoder.load(teacher_file, device, args.tokenizer)
                 teacher.precision = student.precision
-                embeddings = embed_training_set(teacher, splits, f"{path} embeds")
-                save_atomically(embeddings, embeddings_path)
+                embeddings = embed_training_set(teacher, splits, f"{teacher_file} embeds")
+                save_atomically(embeddings, embeddings_file)
                 del teacher  # Free its memory before the next one is loaded.
-        teachers.append(torch.load(embeddings_path, map_location=device, weights_only=True))
+        embeddings_of_teachers.append(
+            torch.load(embeddings_file, map_location=device, weights_only=True)
+        )
 
     def final_loss(audio, text, clip_ids, pair_ids, tau):
-        """Section 2's final loss combines both objectives."""
+        """Compute section 2's final loss, which combines both objectives."""
         contrastive = contrastive_loss(audio, text, clip_ids, tau)
-        # A clip's id is its row in the teachers' audio embeddings, a pair's id its row in their
-        # text embeddings: both count through the same splits in the same order (PairBatches).
-        teacher_audio = [teacher["audio"][clip_ids] for teacher in teachers]
-        teacher_text = [teacher["text"][pair_ids] for teacher in teachers]
+        # A clip's id is its row in a teacher's audio embeddings, a pair's id its row in the text
+        # embeddings: both count through the same splits in the same order (PairBatches).
+        teacher_audio = [embeddings["audio"][clip_ids] for embeddings in embeddings_of_teachers]
+        teacher_text = [embeddings["text"][pair_ids] for embeddings in embeddings_of_teachers]
         distillation = distillation_loss(audio, text, teacher_audio, teacher_text, tau)
         loss = args.contrastive_weight * contrastive + args.distillation_weight * distillation
         return {"loss": loss, "contrastive": contrastive, "distillation": distillation}
@@ -123,7 +127,10 @@ def main() -> int:
 
 
 def embed_training_set(teacher: DualEncoder, splits: list[Split], label: str) -> dict[str, Tensor]:
-    """Embed all clips (N, D_m) and all captions (P, D_m), in the order of data.PairBatches' ids."""
+    """Embed all N clips and all P pairs' captions; row i is that of id i in data.PairBatches.
+
+    Returns {"audio": (N, D_m), "text": (P, D_m)}.
+    """
     waveforms = itertools.chain.from_iterable(split.waveforms for split in splits)
     captions = [caption for split in splits for caption in split.captions]
     clips = sum(len(split.clips) for split in splits)
@@ -137,7 +144,7 @@ def datasets_of(trained_on: set[str]) -> list[str]:
 
 
 def digest_of_file(path: Path) -> str:
-    """Return what tells a file's content from any other's."""
+    """Return the first 16 hexadecimal digits of a file's SHA-256."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 

@@ -4,7 +4,8 @@
     python train.py --datasets clotho              # row 1
     python train.py --datasets my_sounds/          # a folder of sounds with a captions.csv
 
-The same command resumes a run that was interrupted.
+Rows 1 and 3 are what the report calls baseline models: stage 1 alone. The same command resumes a
+run that was interrupted.
 """
 
 import contextlib
@@ -28,12 +29,12 @@ from dualenc.metrics import retrieval_metrics
 from dualenc.model import PRECISIONS, PRESETS, DualEncoder, choose_device, choose_precision
 from dualenc.page import write_curves
 from dualenc.training import (
-    RANK, WORLD, Run, StopRequest, first_process_first, join_processes, learning_rate, report,
+    RANK, WORLD, Run, StopRequest, first_process_first, join_processes, learning_rate, print_fact,
     seed_of, sum_gradients,
 )
 
-# AdamW's learning rate, (highest, lowest): tiny learns from scratch, which takes more than
-# fine-tuning.
+# AdamW's learning rates, (highest, lowest). The tiny preset learns from scratch, which takes higher
+# rates than fine-tuning does.
 LEARNING_RATES = {"report": (2e-5, 1e-7), "tiny": (1e-3, 1e-6)}
 BAR = "{desc}: {percentage:3.0f}%|{bar:20}| {rate_fmt}, {remaining} left{postfix}"
 
@@ -52,7 +53,7 @@ def parse_arguments():
     model.add_argument(
         "--init",
         help="weights to start from: pretrained (default), random (default of tiny), a checkpoint, "
-        "or the name of a published one (salsa, baseline)",
+        "or a published one by name (salsa, or baseline: the official one of DCASE 2025)",
     )
     model.add_argument(
         "--text-model", help="RoBERTa to start from, a name or folder (default roberta-large)"
@@ -69,9 +70,12 @@ def parse_arguments():
 
 
 def add_training_options(parser: Parser, data) -> None:
-    """Add the options of both stages; what the report leaves open is as in the baseline.
+    """Add the options that both stages have.
 
-    data: the parser's group of options about data, which go on here.
+    The defaults that the report leaves open are those of the official DCASE 2025 baseline.
+
+    Args:
+        data: the parser's group of options about data, to which more are added.
     """
     data.add_argument(
         "--validation",
@@ -87,7 +91,7 @@ def add_training_options(parser: Parser, data) -> None:
         help="folder for decoded sounds, 64 kB per second of sound (default DATA_DIR/cache)",
     )
     data.add_argument(
-        "--tokenizer", help="tokenizer, a name or folder, for checkpoints that hold none"
+        "--tokenizer", help="tokenizer for checkpoints that hold none, a name or folder"
     )
 
     batches = parser.add_argument_group("batches")
@@ -97,11 +101,13 @@ def add_training_options(parser: Parser, data) -> None:
     )
     batches.add_argument(
         "--captions-per-clip", type=positive_int, default=1,
-        help="captions of a clip that share a batch, in which it is encoded once (default 1)",
+        help="captions of one clip that stand together in a batch, where its sound is encoded "
+        "once; an epoch shows all captions either way (default 1)",
     )
     batches.add_argument(
         "--micro-batch", type=positive_int,
-        help="pairs encoded at a time: less memory, more time, the same gradient (default: all)",
+        help="pairs encoded at a time: less memory, more time, and still the loss of the whole "
+        "batch (default: all)",
     )
     batches.add_argument(
         "--workers", type=not_negative_int, default=2,
@@ -113,7 +119,8 @@ def add_training_options(parser: Parser, data) -> None:
         "--epochs", type=positive_int, default=20, help="passes over all pairs (default 20)"
     )
     schedule.add_argument(
-        "--max-steps", type=positive_int, help="steps to end after, if --epochs does not end first"
+        "--max-steps", type=positive_int,
+        help="number of steps after which the run ends, if --epochs does not end it earlier",
     )
     schedule.add_argument(
         "--max-lr", type=positive_float,
@@ -155,7 +162,7 @@ def add_training_options(parser: Parser, data) -> None:
     )
     files.add_argument(
         "--save-every", type=positive_int,
-        help="steps between writes of last.pt within an epoch (default: at its end alone)",
+        help="steps between writes of last.pt within an epoch (default: only at an epoch's end)",
     )
 
 
@@ -165,18 +172,18 @@ def add_training_options(parser: Parser, data) -> None:
 def main() -> int:
     args = parse_arguments()
 
-    # --- The device: this process is alone, or one of torchrun's ---
+    # --- The device: this is the only process, or one of several that torchrun started ---
     device = choose_device(args.device)
     join_processes(device)
-    report_device(device)
+    print_device(device)
 
-    # --- The data: what is trained on, and what chooses the best epoch (section 3) ---
+    # --- The data: splits to train on, and one that chooses the best epoch (section 3) ---
     splits, validation = training_splits(args.datasets, args.validation, args.data_dir)
 
     # --- The model: published weights, random ones, or a checkpoint (section 5) ---
     init = args.init or ("random" if args.preset == "tiny" else "pretrained")
     torch.manual_seed(args.seed)
-    with first_process_first():  # The first one may download.
+    with first_process_first():  # Weights may have to be downloaded.
         if init in ("pretrained", "random"):
             captions = [caption for split in splits for caption in split.captions]
             model = DualEncoder.create(args.preset, init, captions, args.text_model)
@@ -186,7 +193,7 @@ def main() -> int:
     model.stage = "contrastive"
     model.trained_on = sorted({*model.trained_on, *(split.name for split in splits)})
     model.precision = choose_precision(args.precision, device)
-    report_model(model)
+    print_model(model)
 
     # --- The batches and the run's folder, before anything that takes long ---
     batches = make_batches(args, splits, model)
@@ -195,28 +202,28 @@ def main() -> int:
     # --- The sounds: decoded once (section 4) ---
     decode(args, splits, validation)
 
-    return train(args, run, model, batches, validation, contrastive)
+    return train(args, run, model, batches, validation, stage_1_loss)
 
 
-def contrastive(audio, text, clip_ids, pair_ids, tau):
-    """Section 2's L_contrastive is all that stage 1 minimises."""
+def stage_1_loss(audio, text, clip_ids, pair_ids, tau):
+    """Compute what stage 1 minimises: L_contrastive alone (section 2)."""
     return {"loss": contrastive_loss(audio, text, clip_ids, tau)}
 
 
 # --- What both stages do before the loop ---
 
 
-def report_device(device: torch.device) -> None:
+def print_device(device: torch.device) -> None:
     if WORLD > 1:
-        report("device", f"{device} in each of {WORLD} processes")
+        print_fact("device", f"{device} in each of {WORLD} processes")
     else:
-        report("device", device)
+        print_fact("device", device)
 
 
-def report_model(model: DualEncoder) -> None:
+def print_model(model: DualEncoder) -> None:
     millions = sum(weights.numel() for weights in model.parameters()) / 1e6
-    precision = name_of_precision(model)
-    report("model", f"{model.config.preset}, {millions:.1f} M parameters, towers in {precision}")
+    size = f"{millions:.1f} M parameters"
+    print_fact("model", f"{model.config.preset}, {size}, towers in {name_of_precision(model)}")
 
 
 def name_of_precision(model: DualEncoder) -> str:
@@ -225,32 +232,35 @@ def name_of_precision(model: DualEncoder) -> str:
 
 
 def names_of(datasets: list[str]) -> list[str]:
-    """Return what folders and data sets are called, without where they lie."""
+    """Return the names of data sets and of folders, without the paths that lead to them."""
     return [Path(dataset).resolve().name for dataset in datasets]
 
 
 def make_batches(args, splits: list[Split], model: DualEncoder) -> PairBatches:
-    """Make this process's share of the run's batches; an InputError where that cannot be."""
+    """Make this process's share of the run's batches; an InputError where there are none."""
     batches = PairBatches(
         splits, model.tokenizer, args.batch_size, args.captions_per_clip, args.seed, RANK, WORLD
     )
-    report("steps", f"{len(batches):,} an epoch, of {args.batch_size} pairs")
+    print_fact("steps", f"{len(batches):,} an epoch, of {args.batch_size} pairs")
     return batches
 
 
 def open_run(
-    args, name: list[str], model: DualEncoder, splits: list[Split], validation: Split,
+    args, name_parts: list[str], model: DualEncoder, splits: list[Split], validation: Split,
     **more_settings,
 ) -> Run:
-    """Open the run's folder, named by --out or by parts of a name; args get their last defaults.
+    """Open the run's folder: --out, or one that is named by `name_parts`.
 
-    more_settings: what else must be the same when the run is resumed, as plain values.
+    Also sets args.out, args.max_lr and args.min_lr where they were not given.
+
+    Args:
+        more_settings: further plain values that must be the same when the run is resumed.
     """
     preset = model.config.preset
     if args.out is None:
         if preset != "report":
-            name = [*name, preset]
-        args.out = Path("runs", "-".join([*name, f"seed{args.seed}"]))
+            name_parts = [*name_parts, preset]
+        args.out = Path("runs", "-".join([*name_parts, f"seed{args.seed}"]))
     highest, lowest = LEARNING_RATES[preset]
     if args.max_lr is None:
         args.max_lr = highest
@@ -263,24 +273,26 @@ def open_run(
     }
     with first_process_first():
         run = Run(args.out, settings | more_settings)
-    report("run", run.folder)
+    print_fact("run", run.folder)
     return run
 
 
 def decode(args, splits: list[Split], validation: Split) -> None:
-    """Give all splits their waveforms; the first process decodes what is new or has changed."""
+    """Give all splits their waveforms; the first process decodes sounds that are new or changed."""
     with first_process_first():
         decode_splits([*splits, validation], args.cache_dir or args.data_dir / "cache")
     for split in splits:
-        report("train on", split)
-    report("validate on", validation)
+        print_fact("train on", split)
+    print_fact("validate on", validation)
 
 
 # --- The loop of both stages ---
 
 
 def train(args, run: Run, model: DualEncoder, batches: PairBatches, validation, loss_fn) -> int:
-    """Train, validate and save; returns the exit status.
+    """Train, validate and save, and return the exit status.
+
+    Shapes: B pairs of the whole batch, B_r of them in this process, D embedding values.
 
     Args:
         loss_fn: (audio (B, D), text (B, D), clip_ids (B,), pair_ids (B,), tau) -> {"loss": what is
@@ -290,14 +302,14 @@ def train(args, run: Run, model: DualEncoder, batches: PairBatches, validation, 
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.min_lr, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=model.precision == torch.float16)
 
-    # --- Where to begin: 1. last.pt of this very run; 2. the model as it came ---
+    # --- Where to begin: 1. at this run's last.pt; 2. with the model as it was given ---
     run.resume(model, optimizer, scaler)
     steps_per_epoch = len(batches)
     last_step = args.epochs * steps_per_epoch
     if args.max_steps is not None:
         last_step = min(last_step, args.max_steps)
     if run.step > 0:
-        report("resuming", f"{run.last_path}, after step {run.step:,} of {last_step:,}")
+        print_fact("resuming", f"{run.last_path}, after step {run.step:,} of {last_step:,}")
 
     # --- The loop: steps count from 0 over the whole run, across epochs ---
     progress = progress_over(args, run, batches, last_step, pin_memory=device.type == "cuda")
@@ -316,7 +328,7 @@ def train(args, run: Run, model: DualEncoder, batches: PairBatches, validation, 
 
         # Forward: encode this process's share, then gather everyone's. Every other clip of the
         # whole batch is a negative.
-        audio, text = model.encode_pairs(batch, args.micro_batch)  # (B_r, D)
+        audio, text = model.encode_pairs(batch, args.micro_batch)  # (B_r, D) each
         audio = gather(audio)  # (B, D)
         text = gather(text)
         clip_ids = batch.clip_ids.to(device, non_blocking=True)  # (B,)
@@ -333,13 +345,14 @@ def train(args, run: Run, model: DualEncoder, batches: PairBatches, validation, 
         optimizer.zero_grad(set_to_none=True)
         # ----------------------------------------------------------------------------------
 
-        run.add(losses)
+        run.finish_step(losses)  # run.step is step + 1 from here on.
         epoch = step // steps_per_epoch + 1
         steps_of_epoch = run.step - (epoch - 1) * steps_per_epoch
         epoch_ends = steps_of_epoch == steps_per_epoch
         if epoch_ends or steps_of_epoch % args.log_every == 0:
             means = run.mean_losses(args.log_every)
             pairs_per_second = round(args.batch_size * run.steps_per_second(), 3)
+            run.start_clock()
             run.log(epoch=epoch, lr=rate, **means, pairs_per_second=pairs_per_second)
             progress.set_postfix(loss=f"{means['loss']:.3f}", lr=f"{rate:.1e}", refresh=False)
         if epoch_ends:
@@ -354,7 +367,8 @@ def train(args, run: Run, model: DualEncoder, batches: PairBatches, validation, 
             progress.set_description_str(f"epoch {epoch + 1}/{args.epochs}", refresh=False)
     progress.close()
 
-    # --- --max-steps may end within an epoch: last.pt knows nothing of this validation ---
+    # A run that --max-steps ended within an epoch is validated, too. Its last.pt is saved already, so
+    # that a resumed run goes on as if there had been no such validation.
     if run.step % steps_per_epoch != 0 and not stop.requested:
         epoch = run.step // steps_per_epoch + 1
         validate(run, model, validation, epoch, is_part_of_epoch=True)
@@ -375,8 +389,10 @@ def progress_over(args, run: Run, batches: PairBatches, last_step: int, pin_memo
 
     def start_worker(number: int) -> None:
         os.setpgrp()  # Ctrl-C and SIGTERM are for the main process alone.
-        run.leave_to_parent()
+        run.close()  # The worker has a copy of the open log, and so of its lock.
 
+    # batches[i] is the batch of the run's step i, also beyond the first epoch, which is all that
+    # len(batches) counts.
     loader = DataLoader(
         batches, batch_size=None, sampler=range(run.step, last_step), num_workers=args.workers,
         pin_memory=pin_memory,
@@ -388,7 +404,7 @@ def progress_over(args, run: Run, batches: PairBatches, last_step: int, pin_memo
     return tqdm(
         loader, desc=f"epoch {epoch}/{args.epochs}", total=last_step, initial=run.step,
         unit="pair", unit_scale=args.batch_size, bar_format=BAR, disable=RANK > 0,
-        # A file is no terminal: there, a line in ten seconds is enough.
+        # Where the output is a file and no terminal, a line every ten seconds is enough.
         mininterval=0.5 if sys.stderr.isatty() else 10,
     )
 
@@ -396,13 +412,14 @@ def progress_over(args, run: Run, batches: PairBatches, last_step: int, pin_memo
 def validate(
     run: Run, model: DualEncoder, validation: Split, epoch: int, is_part_of_epoch: bool = False
 ) -> None:
-    """Embed the validation split, keep the model if it is the best, log, draw; start an epoch.
+    """Embed the validation split, keep the model if it is the best, log, and draw the curves.
 
-    The first process does it. A part of an epoch is kept only where there is no best.pt.
+    The first process does all this. Every process clears the epoch's losses. After a part of an
+    epoch the model is kept only where there is no best.pt yet.
     """
     run.check_finite(model)
     losses = run.mean_losses()
-    run.start_epoch()
+    run.clear_losses()
     if RANK > 0:
         return
 
@@ -433,7 +450,7 @@ def validate(
 
 
 def evaluation_command(args, run: Run) -> str:
-    """Return the command that evaluates the run's best model on data that it can find."""
+    """Return a command that evaluates the run's best model, with the options that find its data."""
     command = ["python", "evaluate.py", "--checkpoint", run.best_path]
     if "clotho" in args.datasets or "audiocaps" in args.datasets:
         command += ["--data-dir", args.data_dir]

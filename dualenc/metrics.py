@@ -18,7 +18,7 @@ from dualenc.errors import InputError
 MAP_CUTOFFS = (10, 16)
 RECALL_CUTOFFS = (1, 5, 10)
 METRICS = ("mAP@10", "mAP@16", "R@1", "R@5", "R@10")
-BLOCK_BYTES = 16 * 2**20  # similarities in memory at a time
+BLOCK_BYTES = 16 * 2**20  # memory for similarities
 RESAMPLES = 1000  # draws of the clips in a bootstrap
 INTERVAL_PERCENTILES = (2.5, 97.5)  # the middle 95 %
 
@@ -41,13 +41,14 @@ def retrieval_metrics(
 
 
 def ranks(text: Tensor, audio: Tensor, relevant: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Rank all candidates (N, D) for each query (Q, D); return where the relevant ones stand.
+    """Rank all candidates (N, D) for each query (Q, D); return the ranks of its relevant ones.
 
     The ranks of a query's relevant candidates count from 1 and ascend. Candidates are ranked by
-    cosine; of equal cosines the lower index ranks first.
+    cosine; where cosines are equal, the lower index ranks first.
 
     Raises InputError where a query has no relevant candidate, or has one twice, and where an
-    embedding is not finite: no similarity is greater than NaN, so it would always rank first.
+    embedding is not finite: no similarity is greater than NaN, so a relevant candidate whose
+    similarity is NaN would always rank first.
     """
     for candidates in relevant:
         if len(candidates) == 0 or len(set(candidates)) < len(candidates):

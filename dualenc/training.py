@@ -1,8 +1,8 @@
 """Around the loop in train.py: learning rate, processes, signals, and what a run leaves on disk.
 
-    runs/NAME/log.jsonl   first line: every setting, and versions; then a JSON object per interval
-                          of steps and per epoch
-    runs/NAME/last.pt     the state of the run: loadable as a model, and all that resuming needs
+    runs/NAME/log.jsonl   JSON lines: first all settings and versions; then one for every interval
+                          of steps, and one for every epoch
+    runs/NAME/last.pt     the state of the run: the model, and all that resuming needs
     runs/NAME/best.pt     the model of the best epoch by validation mAP@10
     runs/NAME/curves.svg  losses, learning rate and validation mAP@10
 """
@@ -33,9 +33,10 @@ def learning_rate(
     step: int, steps_per_epoch: int, warmup_epochs: float, decay_epochs: float, max_lr: float,
     min_lr: float,
 ) -> float:
-    """Rise linearly from min_lr to max_lr, fall by a half cosine to min_lr, then stay there.
+    """Return a step's learning rate: it rises from min_lr to max_lr, then falls back, and stays.
 
-    The step counts from 0 over the whole run; the decay begins where the warm-up ends.
+    The rise (warm-up) is linear, the fall (decay) half a cosine. Steps count from 0 over the whole
+    run; the decay begins where the warm-up ends.
     """
     warmup, decay = warmup_epochs * steps_per_epoch, decay_epochs * steps_per_epoch
     if step < warmup:
@@ -46,16 +47,17 @@ def learning_rate(
 
 
 def seed_of(*numbers: int) -> int:
-    """Make one seed of several numbers, such as those of run, step and process."""
+    """Make one seed of several numbers, such as a run's seed, a step and a process's rank."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
-# --- Processes: one alone, or several that torchrun started ---
+# --- Processes: a single one, or several that torchrun started ---
 
-# torchrun sets both; a RANK without a WORLD_SIZE was set by something else.
+# The number of processes, and this one's among them. torchrun sets both variables; a RANK without a
+# WORLD_SIZE was set by something else.
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
-# How long the others wait for the first one, which decodes, embeds with the teachers and validates.
+# How long the others wait while the first one decodes, embeds with the teachers or validates.
 PATIENCE = datetime.timedelta(hours=12)
 
 
@@ -68,10 +70,11 @@ def join_processes(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def first_process_first() -> Iterator[None]:
-    """Run the block in the first process, then in the others, which find its files.
+    """Run the block in the first process, then in the others, which find the files it wrote.
 
     Such files are decoded sounds and downloads.
     """
+    # The others wait here until the first process, after its block, reaches its own barrier.
     if RANK > 0:
         dist.barrier()
     yield
@@ -80,17 +83,18 @@ def first_process_first() -> Iterator[None]:
 
 
 def sum_gradients(model: nn.Module) -> None:
-    """Sum gradients over processes.
+    """Sum the gradients over all processes.
 
-    Each has back-propagated the loss of the whole batch into its own rows only.
+    Each process has back-propagated the loss of the whole batch into its own rows only.
     """
     if WORLD > 1:
-        for work in [dist.all_reduce(p.grad, async_op=True) for p in model.parameters()]:
-            work.wait()
+        sums = [dist.all_reduce(p.grad, async_op=True) for p in model.parameters()]
+        for pending_sum in sums:
+            pending_sum.wait()
 
 
-def report(label: str, fact: object) -> None:
-    """Print one fact about the run; of several processes the first one does."""
+def print_fact(label: str, fact: object) -> None:
+    """Print one fact about the run, in the first process only."""
     if RANK == 0:
         print(f"{label:11} {fact}", flush=True)
 
@@ -99,7 +103,7 @@ def report(label: str, fact: object) -> None:
 
 
 class StopRequest:
-    """The first Ctrl-C or SIGTERM, after which the loop saves and ends; a second ends it at once.
+    """The first Ctrl-C or SIGTERM: the loop saves and ends. A second one ends the run at once.
 
     With several processes signals are not caught: each process would stop at a different step.
     """
@@ -118,7 +122,7 @@ class StopRequest:
             f"\n{self.signal.name}: the step, and at an epoch's end the validation, is finished "
             "and saved first; another Ctrl-C or SIGTERM ends the run now.\n"
         )
-        # print() may have been interrupted, and cannot be entered twice.
+        # The signal may have interrupted a print(), which cannot be entered twice.
         os.write(2, message.encode())
 
     @property
@@ -127,15 +131,15 @@ class StopRequest:
 
     @property
     def exit_status(self) -> int:
-        """The status with which a shell reports such a signal: 130 or 143; 0 without one."""
+        """Return the status by which a shell knows the signal: 130 or 143; 0 without a signal."""
         return 0 if self.signal is None else 128 + self.signal
 
 
 # --- What a run leaves, and how the same command resumes it ---
 
-# Settings that may change when a run is resumed. Digests of the data and of the teachers, which may
-# not change, say more than their paths.
-FREE = {
+# Settings that may change when a run is resumed. The paths of data and of teachers are among them,
+# since digests of their contents are compared instead.
+MAY_CHANGE = {
     "out", "datasets", "validation", "data_dir", "cache_dir", "device", "workers", "epochs",
     "max_steps", "save_every", "log_every", "micro_batch", "teachers",
 }
@@ -147,27 +151,27 @@ NOT_FINITE = (
 
 
 class Run:
-    """A run's folder, and how far the run is."""
+    """A run: its folder, and how far it has come."""
 
     def __init__(self, folder: Path, settings: dict):
-        """Open the folder, which is made where there is none; the first process locks it.
+        """Open the folder, or make it; the first process locks it.
 
         Args:
-            settings: plain values by name. A run that was saved is resumed with the same ones.
+            settings: {name: plain value}. A run that was saved is resumed with the same ones only.
 
         Raises:
-            InputError: the folder holds a run with other settings, or no run but other files, or
+            InputError: the folder holds a run with other settings, or other files and no run, or
                 another process trains in it, or it cannot be written.
         """
         self.folder = folder
         self.log_path = folder / "log.jsonl"
         self.last_path = folder / "last.pt"
         self.best_path = folder / "best.pt"
-        self.step = 0  # steps made
+        self.step = 0  # steps finished
         self.best = -1.0  # the highest validation mAP@10 so far
-        self.losses: list[dict[str, float]] = []  # of the epoch's steps
-        self.unread_losses: list[dict[str, Tensor]] = []  # of the newest steps, on the device
-        self.clock = (0, 0.0)  # (step, seconds): where steps are timed from
+        self.losses: list[dict[str, float]] = []  # the losses of each step of this epoch
+        self.unread_losses: list[dict[str, Tensor]] = []  # those of the newest steps, on the device
+        self.clock_start = (0, 0.0)  # (step, seconds) from which steps are timed
 
         settings = json.loads(json.dumps(settings, default=str))
         self.log_file = self._open_log()
@@ -179,7 +183,7 @@ class Run:
                 headline = "holds a run with other settings; give its settings, or another --out"
                 raise InputError.of(f"{folder} {headline}", changes)
         elif RANK == 0:
-            # No step was saved, so this is a beginning, and the settings may be others.
+            # Nothing was saved, so the run begins again, and all settings may differ.
             if changes:
                 self._remove_leftovers()
             self.log_file.truncate(0)
@@ -206,16 +210,16 @@ class Run:
             pass  # The file system knows no locks.
 
     def _changes(self, settings: dict) -> list[str]:
-        """List the settings that are not as in the log and should be."""
+        """List the settings that differ from the log's and may not."""
         self.log_file.seek(0)
         try:
             logged = json.loads(self.log_file.readline())["settings"]
         except (ValueError, KeyError):
-            logged = {}  # The log is new, or its first line was never finished.
+            logged = {}  # The log is new, or its first line was not written whole.
         changes = []
         for key in logged | settings:
-            if key not in FREE and logged.get(key) != settings.get(key):
-                # Digests tell whether teachers are the same, but paths tell a user which they are.
+            if key not in MAY_CHANGE and logged.get(key) != settings.get(key):
+                # Digests tell whether the teachers are the same; a user knows them by their paths.
                 shown = "teachers" if key == "teacher_digests" else key
                 was = logged.get(shown)
                 now = settings.get(shown)
@@ -225,22 +229,25 @@ class Run:
         return changes
 
     def _remove_leftovers(self) -> None:
-        """Remove what a start with other settings left: a model, embeddings of other data."""
+        """Remove what an earlier start with other settings left: a model, teachers' embeddings."""
         for path in [self.best_path, *self.folder.glob("teacher-*.pt")]:
             path.unlink(missing_ok=True)
 
-    def leave_to_parent(self) -> None:
-        """Let go of the log in a forked process, which would hold its lock when the parent dies."""
-        self.log_file.close()
-
     def close(self) -> None:
-        """Release the folder."""
+        """Close the log. Its lock is released when no process has it open.
+
+        A forked data worker therefore closes its copy, or the folder would stay locked while the
+        worker outlives the process that trains.
+        """
         self.log_file.close()
 
     # --- Resuming and saving ---
 
     def resume(self, model: nn.Module, optimizer, scaler) -> None:
-        """Go back to where last.pt was saved, if there is one; the log is cut to what it held."""
+        """Go back to where last.pt was saved, if there is one.
+
+        The log is cut back to its length at that time.
+        """
         if not self.last_path.exists():
             return
         try:
@@ -261,7 +268,7 @@ class Run:
             self.log_file.truncate(log_bytes)
 
     def save(self, model: nn.Module, optimizer, scaler) -> None:
-        """Write last.pt, unless a loss or a weight is not finite, which is an InputError."""
+        """Write last.pt; an InputError if a loss or a weight is not finite."""
         self.check_finite(model)
         if RANK > 0:
             return
@@ -273,7 +280,7 @@ class Run:
         save_atomically(model.checkpoint() | {"training": training}, self.last_path)
 
     def check_finite(self, model: nn.Module) -> None:
-        """Raise an InputError where a loss, or a weight after finite losses, is not finite."""
+        """Raise an InputError if a loss is not finite, or else if a weight is not."""
         self._read_losses()
         are_finite = [weights.isfinite().all() for weights in model.parameters()]
         if not torch.stack(are_finite).all():
@@ -281,8 +288,8 @@ class Run:
 
     # --- Losses and the log ---
 
-    def add(self, losses: dict[str, Tensor]) -> None:
-        """Note the losses of a step that has been made; to read them now would force a sync."""
+    def finish_step(self, losses: dict[str, Tensor]) -> None:
+        """Count the step, and keep its losses, unread: to read them now would force a GPU sync."""
         self.unread_losses.append({name: value.detach() for name, value in losses.items()})
         self.step += 1
 
@@ -296,7 +303,7 @@ class Run:
         self.unread_losses = []
 
     def mean_losses(self, last_steps: int | None = None) -> dict[str, float]:
-        """Average each loss over the last so many steps of the epoch, or over all of them.
+        """Average each loss over the epoch's steps so far, or over the last few of them.
 
         Raises:
             InputError: a loss is not finite.
@@ -305,22 +312,21 @@ class Run:
         steps = self.losses if last_steps is None else self.losses[-last_steps:]
         return {name: sum(losses[name] for losses in steps) / len(steps) for name in steps[0]}
 
-    def start_epoch(self) -> None:
-        """Forget the losses of the epoch before."""
+    def clear_losses(self) -> None:
+        """Forget the losses of an epoch that has ended."""
         self.losses = []
 
     def start_clock(self) -> None:
         """Time the steps from here on, without what came before them, such as a validation."""
-        self.clock = (self.step, time.perf_counter())
+        self.clock_start = (self.step, time.perf_counter())
 
     def steps_per_second(self) -> float:
-        """Return the speed since the clock was started, and start it anew."""
-        step, seconds = self.clock
-        self.start_clock()
-        return (self.step - step) / (self.clock[1] - seconds)
+        """Return the speed since the clock was started."""
+        step, seconds = self.clock_start
+        return (self.step - step) / (time.perf_counter() - seconds)
 
     def log(self, **values) -> None:
-        """Append a line to the log: the step, the time, and these values."""
+        """Append a line to the log: the step, the time, and the values by name."""
         if RANK == 0:
             now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
             self._write_line({"step": self.step, "time": now, **values})
@@ -337,5 +343,6 @@ def versions() -> dict[str, str]:
         try:
             version_of[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            version_of[package] = "not installed"  # dualenc, where it is run from its folder
+            # This is so of dualenc where it is run from its folder.
+            version_of[package] = "not installed"
     return version_of

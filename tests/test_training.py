@@ -358,15 +358,15 @@ def test_a_run_killed_at_an_epochs_end_repeats_the_steps_since_last_pt(
 
 def signal_in_step(monkeypatch, number: int, signalled_step: int) -> None:
     """Have the process receive a signal while the run's n-th step is under way."""
-    contrastive = train.contrastive
+    stage_1_loss = train.stage_1_loss
     steps = itertools.count(start=1)
 
-    def contrastive_and_signal(*arguments):
+    def loss_and_signal(*arguments):
         if next(steps) == signalled_step:
             os.kill(os.getpid(), number)
-        return contrastive(*arguments)
+        return stage_1_loss(*arguments)
 
-    monkeypatch.setattr(train, "contrastive", contrastive_and_signal)
+    monkeypatch.setattr(train, "stage_1_loss", loss_and_signal)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -396,14 +396,14 @@ def test_a_signal_in_the_last_step_of_an_epoch_waits_for_the_validation(
 
 def look_at_the_worker(monkeypatch, data: Path, out: Path, look) -> None:
     """Train one step with one data worker, and call `look` with its process id meanwhile."""
-    contrastive = train.contrastive
+    stage_1_loss = train.stage_1_loss
 
-    def contrastive_and_look(*arguments):
+    def loss_and_look(*arguments):
         [worker] = multiprocessing.active_children()
         look(worker.pid)
-        return contrastive(*arguments)
+        return stage_1_loss(*arguments)
 
-    monkeypatch.setattr(train, "contrastive", contrastive_and_look)
+    monkeypatch.setattr(train, "stage_1_loss", loss_and_look)
     run_train(monkeypatch, data, out, "--workers", 1, "--max-steps", 1)
 
 
@@ -520,7 +520,7 @@ def test_a_part_of_an_epoch_is_kept_only_where_there_is_no_best(data, tmp_path, 
 def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, monkeypatch):
     run_train(monkeypatch, data, tmp_path / "run", "--max-steps", 3)
     before = (tmp_path / "run" / "last.pt").read_bytes()
-    monkeypatch.setattr(train, "contrastive", lambda a, t, *rest: {"loss": (a * np.nan).sum()})
+    monkeypatch.setattr(train, "stage_1_loss", lambda a, t, *rest: {"loss": (a * np.nan).sum()})
     message = "step 4: the loss is nan.*last.pt is as it was.*another --out"
     with pytest.raises(InputError, match=message):
         run_train(monkeypatch, data, tmp_path / "run")
@@ -542,7 +542,7 @@ def test_weights_that_are_not_finite_are_not_saved(data, tmp_path, monkeypatch):
     best_before = (tmp_path / "run" / "best.pt").read_bytes()
     # Validation may not notice: all that is not finite may be rows of tokens that no caption has.
     set_validation_ranks(monkeypatch, (1, 1, 1))
-    monkeypatch.setattr(train, "contrastive", nan_gradient_in_step_6)
+    monkeypatch.setattr(train, "stage_1_loss", nan_gradient_in_step_6)
     with pytest.raises(InputError, match="step 6: .*weights are not finite.*last.pt is as it was"):
         run_train(monkeypatch, data, tmp_path / "run")
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
