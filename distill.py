@@ -75,8 +75,8 @@ def main() -> int:
         args.teachers = [checkpoint_file(name_or_path) for name_or_path in args.teachers]
         student_file = checkpoint_file(args.init) if args.init else args.teachers[0]
         student = DualEncoder.load(student_file, device, args.tokenizer)
-    # What the teachers were trained on counts as seen by the student, so that evaluate.py refuses to
-    # measure it there.
+    # What the teachers were trained on counts as seen by the student, so that evaluate.py refuses
+    # to measure it there.
     seen_by_teachers = set()
     for teacher_file in args.teachers:
         seen_by_teachers.update(read_checkpoint(teacher_file)["trained_on"])

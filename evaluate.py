@@ -30,16 +30,20 @@ from dualenc.page import Evaluation, write_evaluation
 # 0 to 1; the table shows them in percent.
 
 # Two sources tell which clips are relevant to a query: the captions themselves, each of which
-# belongs to one clip, and the new annotations, which name several clips. "new" marks the latter.
+# belongs to one clip, and the new annotations, which name all clips that fit. Metrics by the new
+# annotations are called "new ...".
 COLUMNS = ("new mAP@16", "new mAP@10", "mAP@10", "R@1", "R@5", "R@10")
+# What data sets are called in labels; the published models may have been trained on WavCaps, too.
 TITLES = {"clotho": "Clotho", "audiocaps": "AudioCaps", "wavcaps": "WavCaps"}
 
-# Below 100 clips the interval is marked: it covers the true value in 82 % of cases at 10 clips, and
-# in 94 % at 100.
+# Intervals from fewer clips are marked as too narrow: they cover the true value in 82 % of cases at
+# 10 clips, and in 94 % at 100.
 CLIPS_FOR_AN_INTERVAL = 100
 
 # The report's Table 1, in percent, in the order of COLUMNS. It is shown beside results on the split
-# that it was measured on: Clotho v2.1's evaluation split with all its clips.
+# that it was measured on: Clotho v2.1's evaluation split with all its clips. What the report calls
+# baseline models, rows 1 and 3, is the official DCASE 2025 baseline, which is trained as stage 1 is
+# here. The history of its README tells which metrics 31.95 and 35.21 are.
 REPORTED_SPLIT = "clotho/evaluation"
 REPORTED_CLIPS = 1045
 REPORTED_ROWS = {
@@ -61,15 +65,16 @@ def parse_arguments():
     models = parser.add_argument_group("models")
     models.add_argument(
         "--checkpoint", nargs="+", default=[], metavar="CHECKPOINT",
-        help="checkpoints, run folders, or names of published ones (salsa, baseline), a row of the "
-        "table for each (default: the newest runs/**/best.pt)",
+        help="checkpoints, run folders, or published ones by name (salsa, or baseline: the "
+        "official one of DCASE 2025), each a row of the table (default: the newest "
+        "runs/**/best.pt)",
     )
     models.add_argument(
         "--ensemble", nargs="+", default=[], metavar="CHECKPOINT",
-        help="checkpoints that are ranked by together, by the mean of their similarities: one row",
+        help="checkpoints whose mean similarity ranks the clips, together a row of the table",
     )
     models.add_argument(
-        "--tokenizer", help="tokenizer, a name or folder, for checkpoints that hold none"
+        "--tokenizer", help="tokenizer for checkpoints that hold none, a name or folder"
     )
     models.add_argument(
         "--device", default="auto", help="cpu, cuda or cuda:N (default: cuda where there is one)"
@@ -79,29 +84,30 @@ def parse_arguments():
         help="autocast type of both encoders (default: bf16 or fp16 on a GPU, fp32 on a CPU)",
     )
 
-    sounds = parser.add_argument_group("data")
-    sounds.add_argument(
+    data = parser.add_argument_group("data")
+    data.add_argument(
         "--dataset", default="clotho",
         help="clotho, audiocaps, or a folder with a captions.csv (default clotho)",
     )
-    sounds.add_argument(
+    data.add_argument(
         "--split", choices=("test", "val", "train", "all"), default="test",
-        help="part of the data set; a folder has val (held out), train, and all (default test)",
+        help="part of the data set: test, val or train; a folder's are val (held out), train and "
+        "all (default test)",
     )
-    sounds.add_argument(
+    data.add_argument(
         "--annotations", metavar="FILE",
         help="csv of the new annotations, or none to evaluate without them (default: "
         "DATA_DIR/metadata_eval.csv for Clotho's test split)",
     )
-    sounds.add_argument(
+    data.add_argument(
         "--allow-seen", action="store_true",
         help="evaluate even on clips that a model was trained on, and mark its row",
     )
-    sounds.add_argument(
+    data.add_argument(
         "--data-dir", type=Path, default=Path("data"),
         help="folder in which the data sets lie (default data)",
     )
-    sounds.add_argument(
+    data.add_argument(
         "--cache-dir", type=Path, help="folder for decoded sounds (default DATA_DIR/cache)"
     )
 
@@ -128,7 +134,7 @@ def main() -> None:
     device = choose_device(args.device)
     precision = choose_precision(args.precision, device)
 
-    # --- The split, and which clips are relevant to its captions ---
+    # --- The split, and the new annotations of its captions ---
     split = read_split(args.dataset, args.split, args.data_dir)
     annotations_csv = choose_annotations(args.annotations, split, args.data_dir)
     annotations = {}
@@ -176,7 +182,7 @@ def main() -> None:
     print("\n".join(notes))
 
     # --- The files ---
-    about = {
+    facts = {
         "data set": args.dataset,
         "split": split.name,
         "captions": str(split.source),
@@ -192,11 +198,11 @@ def main() -> None:
     }
     if args.json:
         with replacing(args.json) as temporary:
-            temporary.write_text(json.dumps(as_json(about, rows), indent=1) + "\n")
+            temporary.write_text(json.dumps(as_json(facts, rows), indent=1) + "\n")
         print(f"figures  {args.json}")
     if args.html:
         (row,) = rows
-        write_evaluation(args.html, page_of(row, about, lines, notes, split, annotations))
+        write_evaluation(args.html, page_of(row, facts, lines, notes, split, annotations))
         print(f"page  {args.html}")
 
 
@@ -224,34 +230,38 @@ def choose_annotations(option: str | None, split: Split, data_dir: Path) -> Path
 
 
 def read_annotations(path: Path, split: Split) -> dict[int, list[int]]:
-    """Read the new annotations: {row of a caption: its relevant clips, ascending}.
+    """Read the new annotations: {index of a caption: indices of its relevant clips, ascending}.
 
     Queries match captions byte for byte. Clips that are not on disk are left out.
 
-    Raises InputError where a row names a clip or a caption that is not the split's.
+    Raises InputError where the csv names a clip or a caption that is not the split's.
     """
-    row_of_caption: dict[str, int] = {}
-    for row, caption in enumerate(split.captions):
-        row_of_caption.setdefault(caption, row)  # Of equal captions the first is the query.
-    row_of_clip = {clip.name: row for row, clip in enumerate(split.clips)}
+    index_of_caption: dict[str, int] = {}
+    for index, caption in enumerate(split.captions):
+        index_of_caption.setdefault(caption, index)  # Where captions are equal, the first counts.
+    index_of_clip = {clip.name: index for index, clip in enumerate(split.clips)}
 
     annotations = {}
     faults = []
-    for line in read_csv(path, ["query", "audio_filenames"]):
-        query = line["query"]
-        names = parse_names(line["audio_filenames"])
-        unknown = [name for name in names if name not in row_of_clip and name not in split.missing]
+    for csv_row in read_csv(path, ["query", "audio_filenames"]):
+        query = csv_row["query"]
+        names = parse_names(csv_row["audio_filenames"])
+        unknown = []
+        for name in names:
+            if name not in index_of_clip and name not in split.missing:
+                unknown.append(name)
         if unknown:
             faults.append(f"query {query!r}: {unknown[0]!r} is no clip of {split.name}")
             continue
-        if query not in row_of_caption:
+        if query not in index_of_caption:
             # Captions of clips that are not on disk are unknown: the query may be one of them.
             if not split.missing:
                 faults.append(f"query {query!r}: it is no caption of {split.name}")
             continue
-        clips = {row_of_clip[name] for name in names if name in row_of_clip}
-        if clips:  # There are none where all relevant clips are not on disk.
-            annotations[row_of_caption[query]] = sorted(clips)
+        clips = {index_of_clip[name] for name in names if name in index_of_clip}
+        # A query is left out where none of its relevant clips is on disk.
+        if clips:
+            annotations[index_of_caption[query]] = sorted(clips)
     if faults:
         raise InputError.of(str(path), faults)
     return annotations
@@ -261,13 +271,13 @@ def read_annotations(path: Path, split: Split) -> dict[int, list[int]]:
 
 
 class Model(NamedTuple):
-    """What is known of a model before it is loaded."""
+    """A model as its checkpoint describes it, before its weights are loaded."""
 
     name: str  # the path or published name that was given
     file: Path
     stage: str
     trained_on: list[str]
-    seen: bool  # the split, or a part of it, in training
+    seen: bool  # whether it was trained on the split, or on a part of it
 
     @property
     def label(self) -> str:
@@ -275,6 +285,7 @@ class Model(NamedTuple):
 
 
 def describe_model(name: str, split: Split) -> Model:
+    """Read what a checkpoint tells of its model, and whether that has seen the split."""
     file = checkpoint_file(name)
     checkpoint = read_checkpoint(file)
     trained_on = checkpoint["trained_on"]
@@ -282,7 +293,7 @@ def describe_model(name: str, split: Split) -> Model:
 
 
 def label_of(stage: str, trained_on: Sequence[str]) -> str:
-    """Say what a model is in Table 1's words: "Clotho + AudioCaps, distilled"."""
+    """Name a model by its data and its stage: "Clotho + AudioCaps, distilled"."""
     datasets = {split.partition("/")[0] for split in trained_on}
     known = [title for dataset, title in TITLES.items() if dataset in datasets]
     folders = [dataset.partition("@")[0] for dataset in datasets if dataset not in TITLES]
@@ -292,8 +303,9 @@ def label_of(stage: str, trained_on: Sequence[str]) -> str:
 def join_embeddings(members: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Return the audio (N, D) and text (Q, D) embeddings of an ensemble, of unit norm.
 
-    `members` are its models' embeddings, whose widths may differ. Joined side by side, their
-    product is the sum of the members' similarities: scaled to unit norm, it is the mean.
+    `members` are the (audio, text) embeddings of its models, whose widths may differ. Joined side
+    by side, they have the sum of the members' similarities as their product; scaled to unit norm,
+    the mean of them.
     """
     audio = torch.cat([audio for audio, _ in members], dim=1)
     text = torch.cat([text for _, text in members], dim=1)
@@ -311,18 +323,19 @@ class Estimate(NamedTuple):
     resamples: np.ndarray  # (1000,)
 
     def lead_over(self, other: "Estimate") -> "Estimate":
-        """Subtract pairwise: both have been resampled with the same clips."""
+        """Subtract the other, draw by draw: both were resampled with the same clips."""
         return Estimate(self.value - other.value, self.resamples - other.resamples)
 
     @property
-    def interval(self) -> tuple[float, float]:
+    def bounds(self) -> tuple[float, float]:
+        """Return the bounds of the 95 % confidence interval."""
         return interval(self.resamples)
 
 
 def estimate_metrics(
     audio: Tensor, text: Tensor, split: Split, annotations: dict[int, list[int]]
 ) -> dict[str, Estimate]:
-    """Estimate every metric by the captions, and those called "new ..." by the new annotations."""
+    """Estimate every metric by the captions and, as "new ...", by the new annotations if any."""
     clip_of_caption = np.array(split.clip_of_caption)
     relevant = clip_of_caption[:, None].tolist()  # one clip for each caption
     estimates = estimate_by(relevant, clip_of_caption, audio, text)
@@ -338,7 +351,13 @@ def estimate_metrics(
 def estimate_by(
     relevant: Sequence[Sequence[int]], clip_of_query: np.ndarray, audio: Tensor, text: Tensor
 ) -> dict[str, Estimate]:
-    """Estimate every metric of queries (Q, D), of which each has its relevant clips."""
+    """Estimate every metric of queries, each with its own relevant clips.
+
+    Args:
+        relevant: for each query the indices of its relevant clips.
+        clip_of_query: (Q,), the clip that the query was written for.
+        audio, text: (N, D), (Q, D).
+    """
     values = query_metrics(ranks(text, audio, relevant))
     resamples = bootstrap(values, clip_of_query)
     estimates = {}
@@ -392,7 +411,7 @@ class Group(NamedTuple):
 
 
 def group_rows(rows: Sequence[Row]) -> list[Group]:
-    """Average rows that have one label."""
+    """Average the rows that share a label; a label of one row makes no group."""
     rows_of_label: dict[str, list[Row]] = {}
     for row in rows:
         rows_of_label.setdefault(row.label, []).append(row)
@@ -414,10 +433,13 @@ def group_rows(rows: Sequence[Row]) -> list[Group]:
 
 
 def table_lines(rows: Sequence[Row], split: Split) -> list[tuple[str, list[str]]]:
-    """Return (label, cells in the order of COLUMNS) for each line; below a row it is indented."""
+    """Return the table's lines: (label, cells in the order of COLUMNS).
+
+    A line that explains the row above has a label that begins with spaces.
+    """
     interval_label = "95 % interval"
     if len(split.clips) < CLIPS_FOR_AN_INTERVAL:
-        interval_label += " (too short)"
+        interval_label += " (too narrow: few clips)"
     groups = group_rows(rows)
     averaged = [group.label for group in groups]
 
@@ -448,7 +470,7 @@ def table_lines(rows: Sequence[Row], split: Split) -> list[tuple[str, list[str]]
 
 
 def is_reported(split: Split) -> bool:
-    """Whether the split is the one that the report's Table 1 was measured on, and whole."""
+    """Tell whether the split is the one of the report's Table 1, with all its clips."""
     return split.name == REPORTED_SPLIT and len(split.clips) == REPORTED_CLIPS
 
 
@@ -468,7 +490,7 @@ def interval_cells(estimates: dict[str, Estimate], sign: str = "") -> list[str]:
     texts = []
     for column in COLUMNS:
         if column in estimates:
-            low, high = estimates[column].interval
+            low, high = estimates[column].bounds
             texts.append(f"{100 * low:{sign}.2f}..{100 * high:{sign}.2f}")
         else:
             texts.append("-")
@@ -476,7 +498,7 @@ def interval_cells(estimates: dict[str, Estimate], sign: str = "") -> list[str]:
 
 
 def table_notes(split: Split, annotations: dict, annotations_csv: Path | None) -> list[str]:
-    """Return what a reader must know of the table, in lines."""
+    """Return what a reader must know of the table, as lines."""
     notes = [
         "In percent, with 95 % confidence intervals from a bootstrap over clips "
         f"({RESAMPLES:,} resamples)."
@@ -507,21 +529,22 @@ def as_text(columns: Sequence[str], lines: Sequence[tuple[str, Sequence[str]]]) 
 
 def page_of(
     row: Row,
-    about: dict,
+    facts: dict,
     lines: Sequence[tuple[str, Sequence[str]]],
     notes: Sequence[str],
     split: Split,
     annotations: dict[int, list[int]],
 ) -> Evaluation:
     """Gather what the page of one row shows."""
-    facts = {}
+    written_facts = {}
     for model in row.members:
-        facts[f"checkpoint {model.name}"] = f"{model.label}, on {', '.join(model.trained_on)}"
-    for name, value in about.items():
-        facts[name] = "none" if value is None else str(value)
+        training = f"{model.label}, on {', '.join(model.trained_on)}"
+        written_facts[f"checkpoint {model.name}"] = training
+    for name, value in facts.items():
+        written_facts[name] = "none" if value is None else str(value)
     return Evaluation(
         title=f"{row.label} on {split.name}",
-        about="\n".join(notes),
+        notes=notes,
         columns=COLUMNS,
         lines=lines,
         run_folders=[model.file.parent for model in row.members],
@@ -532,12 +555,12 @@ def page_of(
         text=row.text,
         audio=row.audio,
         annotations=annotations,
-        facts=facts,
+        facts=written_facts,
     )
 
 
-def as_json(about: dict, rows: Sequence[Row]) -> dict:
-    """Return every figure as a fraction: each row, and rows of one label together."""
+def as_json(facts: dict, rows: Sequence[Row]) -> dict:
+    """Return what --json writes, with all figures as fractions: the facts, the rows, the groups."""
     written_rows = []
     for row in rows:
         leads = row.leads_over(rows[0])
@@ -567,17 +590,18 @@ def as_json(about: dict, rows: Sequence[Row]) -> dict:
                 "standard deviation": by_source(group.deviations),
             }
         )
-    return {"about": about, "rows": written_rows, "groups": written_groups}
+    return {"about": facts, "rows": written_rows, "groups": written_groups}
 
 
 def figures_as_json(estimates: dict[str, Estimate]) -> dict:
+    """Return the values and the bounds of estimates, each by source."""
     results = {name: estimate.value for name, estimate in estimates.items()}
-    intervals = {name: estimate.interval for name, estimate in estimates.items()}
+    intervals = {name: estimate.bounds for name, estimate in estimates.items()}
     return {"results": by_source(results), "intervals": by_source(intervals)}
 
 
 def by_source(figures: dict) -> dict[str, dict]:
-    """Tell the figures by captions from those by the new annotations."""
+    """Separate the figures by the captions from those by the new annotations."""
     nested: dict[str, dict] = {}
     for name, figure in figures.items():
         source = "new annotations" if name.startswith("new ") else "captions"

@@ -237,7 +237,7 @@ def names_of(datasets: list[str]) -> list[str]:
 
 
 def make_batches(args, splits: list[Split], model: DualEncoder) -> PairBatches:
-    """Make this process's share of the run's batches; an InputError where there are none."""
+    """Make this process's share of all batches; an InputError if --batch-size does not fit."""
     batches = PairBatches(
         splits, model.tokenizer, args.batch_size, args.captions_per_clip, args.seed, RANK, WORLD
     )
@@ -367,8 +367,8 @@ def train(args, run: Run, model: DualEncoder, batches: PairBatches, validation, 
             progress.set_description_str(f"epoch {epoch + 1}/{args.epochs}", refresh=False)
     progress.close()
 
-    # A run that --max-steps ended within an epoch is validated, too. Its last.pt is saved already, so
-    # that a resumed run goes on as if there had been no such validation.
+    # A run that --max-steps ended within an epoch is validated, too. Its last.pt is already saved,
+    # so a resumed run goes on as if there had been no such validation.
     if run.step % steps_per_epoch != 0 and not stop.requested:
         epoch = run.step // steps_per_epoch + 1
         validate(run, model, validation, epoch, is_part_of_epoch=True)

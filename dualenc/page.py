@@ -35,7 +35,7 @@ from dualenc.metrics import ranks
 QUERIES_PER_GROUP = 20
 CLIPS_PER_QUERY = 10  # the first clips of a query's ranking are shown
 LISTEN_SECONDS = 30  # the part of a clip that is embedded, and can be listened to
-EMBEDDED_BYTES = 25 * 2**20  # mp3 that one page holds at most; base64 makes it a third larger
+PAGE_MP3_BYTES = 25 * 2**20  # the mp3 that one page holds at most; base64 makes it a third larger
 RIGHT = "✓ the right clip"
 RELEVANT = "✓ relevant, too"
 
@@ -59,8 +59,10 @@ def document(title: str, body: str, script: str = "") -> str:
 def player(label: str, source: str) -> str:
     """Return an <audio> element, which loads enough of its sound to show its length.
 
-    source: an attribute that says what is played: src="ADDRESS", or one that page.js makes a src of
-    when its query is opened (Sounds).
+    Args:
+        label: what a screen reader calls the player.
+        source: the attribute that names the sound: src="ADDRESS", or what Sounds.source returns,
+            which page.js turns into a src when the query is opened.
     """
     return f'<audio controls preload="metadata" aria-label="{escape(label)}" {source}></audio>\n'
 
@@ -82,7 +84,7 @@ class Evaluation:
     """One model on one split, as its page shows it."""
 
     title: str
-    about: str  # shown below the title, line by line
+    notes: Sequence[str]  # lines below the title
     columns: Sequence[str]  # the table's
     lines: Sequence[tuple[str, Sequence[str]]]  # (label, cells); "  label" belongs to the one above
     run_folders: Sequence[Path]  # their learning curves are drawn if they hold a log
@@ -93,7 +95,7 @@ class Evaluation:
     text: Tensor  # (Q, D) unit norm
     audio: Tensor  # (N, D) unit norm
     annotations: dict[int, Sequence[int]]  # the new annotations: {caption: its relevant clips}
-    # What the evaluation is of, shown as a list in this order: {"checkpoint": "runs/a/best.pt",
+    # What was evaluated and how, shown as a list in this order: {"checkpoint": "runs/a/best.pt",
     # "split": ..., "clips": ..., "queries": ..., "annotations": ..., "date": ..., settings}.
     facts: dict[str, str] = field(default_factory=dict)
 
@@ -106,10 +108,11 @@ def write_evaluation(path: Path, evaluation: Evaluation) -> None:
     """
     rank = ranks_of_right_clips(evaluation)  # (Q,)
     sounds = Sounds(path.parent)
+    notes = escape("\n".join(evaluation.notes))
     body = "\n".join([
         '<a class="skip" href="#filter">Skip to the queries</a>',
         f"<h1>{escape(evaluation.title)}</h1>",
-        f'<p class="quiet">{escape(evaluation.about)}</p>',
+        f'<p class="quiet">{notes}</p>',
         facts_list(evaluation.facts),
         "<h2>Results</h2>",
         results_table(evaluation.columns, evaluation.lines),
@@ -133,7 +136,7 @@ def ranks_of_right_clips(evaluation: Evaluation) -> np.ndarray:
 
 
 def facts_list(facts: dict[str, str]) -> str:
-    """Return what an evaluation is of, as a list of definitions; nothing without facts."""
+    """Return the facts of an evaluation as a list of definitions; nothing if there are none."""
     if not facts:
         return ""
     items = ""
@@ -184,9 +187,9 @@ def query_groups(evaluation: Evaluation, rank: np.ndarray, sounds: "Sounds") -> 
                 bar.update()
             sections += f'<section class="group">\n<h3>{name}</h3>\n{cards}</section>\n'
     return (
-        f'<p class="quiet">Of {len(rank):,} queries this page shows the best answered, the worst '
-        f"answered and some at random, at most {QUERIES_PER_GROUP} each. The filter looks through "
-        'these only.</p>\n<div class="fields">'
+        f'<p class="quiet">This page shows some of {len(rank):,} queries: the best answered, the '
+        f"worst answered and some at random, at most {QUERIES_PER_GROUP} each. The filter looks "
+        'through these only.</p>\n<div class="fields">'
         '<label for="filter">Filter by word</label><input id="filter" type="search">'
         f'<output id="shown" aria-live="polite"></output></div>\n{sections}'
     )
@@ -245,10 +248,10 @@ class Sounds:
     def source(self, path: Path) -> str:
         """Return an attribute for player; "" where the file cannot be read.
 
-        It is data-sound="NUMBER", and when the page holds EMBEDDED_BYTES, data-link="ADDRESS".
+        It is data-sound="NUMBER", or once the page holds PAGE_MP3_BYTES, data-link="ADDRESS".
         """
         if path not in self.sources:
-            if sum(len(mp3) for mp3 in self.held) < EMBEDDED_BYTES:
+            if sum(len(mp3) for mp3 in self.held) < PAGE_MP3_BYTES:
                 self.sources[path] = self._hold(path)
             else:
                 self.sources[path] = self._link(path)

@@ -347,12 +347,12 @@ def test_the_printed_rows_are_the_jsons(table):
             label += f": {row['name']}"
         expected.append((label, cells_of(row["results"], percent)))
         interval = cells_of(row["intervals"], percent_interval)
-        expected.append(("  95 % interval (too short)", interval))
+        expected.append(("  95 % interval (too narrow: few clips)", interval))
         if i > 0:
             lead = row["lead"]
             expected.append(("  lead over the first", cells_of(lead["results"], percent, "+")))
             interval = cells_of(lead["intervals"], percent_interval, "+")
-            expected.append(("    95 % interval (too short)", interval))
+            expected.append(("    95 % interval (too narrow: few clips)", interval))
     assert table.lines_of_rows == expected
 
 

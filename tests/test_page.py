@@ -203,7 +203,7 @@ def written(tmp_path_factory) -> SimpleNamespace:
     text = audio[clip_of_caption] + 2 * torch.randn(N_CAPTIONS, 8, generator=generator)
     evaluation = page.Evaluation(
         title="A <b>page</b>",
-        about="R@k: <any>",
+        notes=["R@k: <any>"],
         columns=["mAP", "mAP@10"],
         lines=[("Clotho & <b>", ["31.95", "27.57"]), ("  interval", ["30.00..33.00", "<"])],
         run_folders=[write_run(folder / "<i>", [4, 2]), folder],
@@ -303,7 +303,7 @@ def test_the_best_the_worst_and_random_queries_are_shown(written):
     assert shown[20:40] == order[::-1][:20]
     assert len(set(shown[40:])) == 20
     assert shown[40:] != sorted(shown[40:])
-    assert "Of 60 queries this page shows" in written.html
+    assert "This page shows some of 60 queries" in written.html
 
 
 def test_a_player_plays_the_clip_that_its_line_names(written, tmp_path):
@@ -327,7 +327,7 @@ def test_a_sound_that_cannot_be_read_says_so(written):
 
 
 def test_sounds_beyond_the_limit_are_links_to_their_files(written, monkeypatch):
-    monkeypatch.setattr(page, "EMBEDDED_BYTES", 1)
+    monkeypatch.setattr(page, "PAGE_MP3_BYTES", 1)
     paths = written.evaluation.clip_paths
     sounds = page.Sounds(written.folder / "other")
     assert sounds.source(paths[1]) == 'data-sound="0"'
@@ -754,7 +754,7 @@ def test_a_player_gets_the_sound_of_its_number(opened):
 
 
 def test_a_sound_that_the_page_does_not_hold_plays_from_its_file(written, browser, monkeypatch):
-    monkeypatch.setattr(page, "EMBEDDED_BYTES", 0)
+    monkeypatch.setattr(page, "PAGE_MP3_BYTES", 0)
     page.write_evaluation(written.folder / "linked.html", written.evaluation)
     browser.open((written.folder / "linked.html").as_uri())
     assert browser.script("return document.querySelectorAll('audio[src]').length") == 0
