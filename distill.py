@@ -127,9 +127,9 @@ def main() -> int:
 
 
 def embed_training_set(teacher: DualEncoder, splits: list[Split], label: str) -> dict[str, Tensor]:
-    """Embed all N clips and all P pairs' captions; row i is that of id i in data.PairBatches.
+    """Embed all N clips and all P captions of the splits, numbered as in data.PairBatches.
 
-    Returns {"audio": (N, D_m), "text": (P, D_m)}.
+    Returns {"audio": (N, D_m), "text": (P, D_m)}, where D_m is the teacher's width.
     """
     waveforms = itertools.chain.from_iterable(split.waveforms for split in splits)
     captions = [caption for split in splits for caption in split.captions]
@@ -139,7 +139,7 @@ def embed_training_set(teacher: DualEncoder, splits: list[Split], label: str) ->
 
 
 def datasets_of(trained_on: set[str]) -> list[str]:
-    """Return the names of the data sets of splits, such as "clotho/development"."""
+    """Return the data sets that splits belong to: {"clotho/development"} -> ["clotho"]."""
     return sorted({name.partition("/")[0].partition("@")[0] for name in trained_on})
 
 

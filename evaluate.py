@@ -1,4 +1,4 @@
-"""Evaluate checkpoints: embeddings -> Table 1 with confidence intervals (report, section 6).
+"""Evaluation of checkpoints: embeddings -> Table 1 with confidence intervals (report, section 6).
 
     python evaluate.py --split test                               # the newest run's best.pt
     python evaluate.py --split test --checkpoint A.pt B.pt C.pt   # a row for each
@@ -395,6 +395,7 @@ class Row(NamedTuple):
         return {name: estimate.value for name, estimate in self.estimates.items()}
 
     def leads_over(self, other: "Row") -> dict[str, Estimate]:
+        """Subtract the other row's estimates, metric by metric."""
         leads = {}
         for name, estimate in self.estimates.items():
             leads[name] = estimate.lead_over(other.estimates[name])

@@ -56,7 +56,9 @@ def parse_arguments():
         "or a published one by name (salsa, or baseline: the official one of DCASE 2025)",
     )
     model.add_argument(
-        "--text-model", help="RoBERTa to start from, a name or folder (default roberta-large)"
+        "--text-model",
+        help="RoBERTa to start from, a name or folder (default roberta-large); with --init random "
+        "only its sizes and tokenizer are used",
     )
 
     data = parser.add_argument_group("data")

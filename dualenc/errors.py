@@ -1,4 +1,4 @@
-"""When things go wrong: one line instead of a traceback, and files that are whole or not there."""
+"""Errors in one line instead of a traceback, and files that are written whole or not at all."""
 
 import argparse
 import contextlib
@@ -13,7 +13,7 @@ MAX_LISTED_FAULTS = 20
 
 
 class InputError(ValueError):
-    """Bad input: each argument is a line; they name the file, row or option, and what to do."""
+    """Bad input; the lines name the file, row or option, and say what to do."""
 
     def __init__(self, *lines: str):
         super().__init__("\n  ".join(printable(line) for line in lines))
@@ -35,7 +35,7 @@ def printable(text: str) -> str:
 
 
 def counted(count: int, singular: str, plural: str | None = None) -> str:
-    """Write a count with its noun: "1 clip", "1,045 clips"; the plural is by default with an s."""
+    """Write a count with its noun: "1 clip", "1,045 clips"; by default the plural has an s."""
     if count == 1:
         return f"1 {singular}"
     return f"{count:,} {plural or singular + 's'}"

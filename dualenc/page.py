@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dualenc.decoding import encode_mp3, load_audio, load_excerpt
-from dualenc.errors import InputError, printable, replacing
+from dualenc.errors import InputError, counted, printable, replacing
 from dualenc.metrics import ranks
 
 QUERIES_PER_GROUP = 20
@@ -103,8 +103,9 @@ class Evaluation:
 def write_evaluation(path: Path, evaluation: Evaluation) -> None:
     """Write the page of one model on one split, with a progress bar.
 
-    A log that cannot be read and a path that cannot be written are an InputError. A clip that
-    cannot be read is shown without a player.
+    A clip that cannot be read is shown without a player.
+
+    Raises InputError where a run's log cannot be read, and where the page cannot be written.
     """
     rank = ranks_of_right_clips(evaluation)  # (Q,)
     sounds = Sounds(path.parent)
@@ -381,11 +382,11 @@ LINE_STYLES = {  # {a panel's title: {curve: how it is drawn}}
 
 
 class Log(NamedTuple):
-    """What a run's log holds to be drawn."""
+    """The curves of a run's log, and what they are called."""
 
     run_name: str
-    interval: str  # what a point of the curve "interval" is, in words
-    curves: dict[str, list[tuple[int, float]]]  # {curve: its (step, value)}
+    interval: str  # the legend of the curve "interval": "mean of the last 10 steps"
+    curves: dict[str, list[tuple[int, float]]]  # {curve: [(step, value)]}
 
 
 def read_log(run_folder: Path) -> Log:
@@ -424,9 +425,9 @@ def curve_panels(run_folders: Sequence[Path]) -> dict[str, Panel]:
 
 
 def paint_curves(axes, logs: Sequence[Log], styles: dict[str, str]) -> None:
-    """Draw the curves that styles names, of each run.
+    """Draw the curves that `styles` names, for each run.
 
-    Where there are several of a run, the legend tells them apart, else it tells the runs apart.
+    Where `styles` names several curves, the legend tells these apart; else it tells runs apart.
     """
     legend = {}
     for index, log in enumerate(logs):
@@ -453,7 +454,7 @@ def paint_curves(axes, logs: Sequence[Log], styles: dict[str, str]) -> None:
 
 
 def curves_of_runs(run_folders: Sequence[Path]) -> str:
-    """Return the learning curves of those folders that hold a run's log, for a page."""
+    """Return the learning curves of all folders that hold a run's log, as HTML."""
     logged = [folder for folder in run_folders if (folder / LOG_NAME).is_file()]
     if not logged:
         return "<p>There is no log of a run beside the checkpoint.</p>"
@@ -463,7 +464,7 @@ def curves_of_runs(run_folders: Sequence[Path]) -> str:
 def write_curves(run_folders: Sequence[Path], path: Path) -> None:
     """Draw the learning curves of one or several runs into one SVG file, a colour for each run.
 
-    A log that cannot be read, and a path that cannot be written, are an InputError.
+    Raises InputError where a log cannot be read, and where the file cannot be written.
     """
     svg = draw_svg(curve_panels(run_folders), paper="white")
     with replacing(path) as temporary:
@@ -486,7 +487,7 @@ SCORES = {
 
 
 def search_page(index, top: int, by: str, sentence: str) -> str:
-    """Return the page with a text field, and below it the files that match the sentence best.
+    """Return the search page: a text field, and below it the files that match the sentence best.
 
     Args:
         index: has names (N,), root, and search(sentence, k, by) -> matches (search.SoundIndex).
@@ -499,21 +500,19 @@ def search_page(index, top: int, by: str, sentence: str) -> str:
     if sentence:
         title = f"{sentence} – {title}"
         results = search_results(index, top, by, sentence)
-    n_files = f"{len(index.names):,} files"
-    if len(index.names) == 1:
-        n_files = "1 file"
+    file_count = counted(len(index.names), "file")
     return document(title, (
         "<h1>Search sounds</h1>\n"
         '<form role="search"><label for="q">A sound of</label>'
         f'<input id="q" name="q" type="search" value="{escape(sentence)}" '
         f'maxlength="{MAX_QUERY_CHARACTERS}" required autofocus>'
         "<button>Search</button></form>\n"
-        f'<p class="quiet">{n_files} in {escape(str(index.root))}</p>\n{results}'
+        f'<p class="quiet">{file_count} in {escape(str(index.root))}</p>\n{results}'
     ))
 
 
 def search_results(index, top: int, by: str, sentence: str) -> str:
-    """Return the files that match best; one sentence where nothing can be searched for."""
+    """Return the files that match best, or the reason why the sentence cannot be searched for."""
     try:
         matches = index.search(sentence, top, by)
     except InputError as error:
@@ -527,9 +526,10 @@ def search_results(index, top: int, by: str, sentence: str) -> str:
 
 
 def match_item(match, root: Path) -> str:
-    """Return one result: its file, a player and a download of what matches best, its full path.
+    """Return one result: the file, a player and a download of its best part, and its full path.
 
-    A file that cannot be played any more, since it was removed or changed, says so in its place.
+    Where the file cannot be played any more, since it was removed or changed, the reason stands in
+    place of the player.
     """
     name = os.path.relpath(match.path, root)
     part = f"{clock(match.start)} to {clock(match.end)}"
@@ -562,7 +562,7 @@ def best_part(match) -> bytes:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers "/?q=SENTENCE" with the search page."""
+    """The server's side of a request: it answers "/?q=SENTENCE" with the search page."""
 
     def do_GET(self) -> None:
         url = urlsplit(self.path)
@@ -584,7 +584,7 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(HTTPStatus.OK, self.server.page_for(sentence))
 
     def reply(self, status: HTTPStatus, page: str) -> None:
-        with contextlib.suppress(ConnectionError):  # the browser may have left
+        with contextlib.suppress(ConnectionError):  # The browser may have left.
             self.send_response(status)
             self.send_header("Content-Type", "text/html; charset=utf-8")
             self.send_header("Content-Security-Policy", POLICY)

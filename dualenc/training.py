@@ -1,4 +1,4 @@
-"""Around the loop in train.py: learning rate, processes, signals, and what a run leaves on disk.
+"""What is around the loop in train.py: learning rate, processes, signals, and a run's files.
 
     runs/NAME/log.jsonl   JSON lines: first all settings and versions; then one for every interval
                           of steps, and one for every epoch
@@ -38,7 +38,8 @@ def learning_rate(
     The rise (warm-up) is linear, the fall (decay) half a cosine. Steps count from 0 over the whole
     run; the decay begins where the warm-up ends.
     """
-    warmup, decay = warmup_epochs * steps_per_epoch, decay_epochs * steps_per_epoch
+    warmup = warmup_epochs * steps_per_epoch
+    decay = decay_epochs * steps_per_epoch
     if step < warmup:
         return min_lr + (max_lr - min_lr) * step / warmup
     if step < warmup + decay:
@@ -310,7 +311,10 @@ class Run:
         """
         self._read_losses()
         steps = self.losses if last_steps is None else self.losses[-last_steps:]
-        return {name: sum(losses[name] for losses in steps) / len(steps) for name in steps[0]}
+        means = {}
+        for name in steps[0]:
+            means[name] = sum(losses[name] for losses in steps) / len(steps)
+        return means
 
     def clear_losses(self) -> None:
         """Forget the losses of an epoch that has ended."""
