@@ -421,11 +421,11 @@ def test_a_data_worker_that_outlives_its_run_does_not_lock_the_folder(data, tmp_
 
     def list_open_files(pid: int) -> None:
         for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-            open_files.append(os.path.basename(os.readlink(descriptor)))
+            open_files.append(os.readlink(descriptor))
 
     look_at_the_worker(monkeypatch, data, tmp_path / "run", list_open_files)
     assert open_files
-    assert "log.jsonl" not in open_files
+    assert str(tmp_path / "run" / "log.jsonl") not in open_files
 
 
 # --- What chooses the best epoch ---
