@@ -3,7 +3,8 @@
     sound   -> 10 s segments -> PaSST -> linear -> mean over the clip's segments -> unit norm
     caption -> tokens        -> RoBERTa's <s>   -> linear                        -> unit norm
 
-C clips, S segments of all of them, Q captions, L tokens, B pairs, D = 1024 values, n samples.
+C clips of a batch, S segments of all of them, N sounds of a user's, Q captions, L tokens, B_r pairs
+of one process's share of a batch, D = 1024 values of an embedding, n samples.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 import transformers
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from dualenc.audio import CLIP_SAMPLES, AudioTower, crop, to_segments
 from dualenc.checkpoints import load_strictly, published_passt, read_checkpoint
@@ -33,8 +34,8 @@ from dualenc.text import (
     train_bpe,
 )
 
-EMBED_CLIPS = 8  # embedded at a time, without gradients
-EMBED_CAPTIONS = 64
+EMBED_CLIPS = 8  # clips that are embedded at a time, without gradients
+EMBED_CAPTIONS = 64  # captions, likewise
 Sound = str | os.PathLike | np.ndarray | Tensor  # a path, or a waveform
 
 
@@ -50,7 +51,9 @@ class DualEncoderConfig:
     audio_depth: int = 12
     audio_heads: int = 12
     patch: tuple[int, int] = (16, 16)  # mel bands, 10 ms frames
-    patchout: tuple[int, int] = (2, 15)  # rows, columns of patches left out in training
+    # Rows and columns of patches that are left out in training. The report does not tell them;
+    # these are the official DCASE 2025 baseline's (called the baseline from here on).
+    patchout: tuple[int, int] = (2, 15)
     # RoBERTa-large
     vocab_size: int = 50_265
     hidden_size: int = 1024
@@ -60,8 +63,8 @@ class DualEncoderConfig:
     max_position_embeddings: int = 514
     text_dropout: float = 0.2  # of hidden states and attention, as in the baseline
     # the shared space
-    embedding: int = 1024
-    tau: float = 0.05
+    embedding: int = 1024  # values of an embedding
+    tau: float = 0.05  # the temperature, by which the losses divide cosines
 
 
 ROBERTA_SIZES = (  # by transformers' names
@@ -70,7 +73,8 @@ ROBERTA_SIZES = (  # by transformers' names
 )
 PRESETS = {
     "report": DualEncoderConfig(),
-    # The same code in small. On a CPU the gradient of patches under 15 frames wide is slow.
+    # The same code in small, for CPUs, on which narrower patches than the report's 16 frames have a
+    # slow gradient.
     "tiny": DualEncoderConfig(
         preset="tiny", audio_width=96, audio_depth=2, audio_heads=3, patch=(128, 16),
         patchout=(0, 15), vocab_size=1000, hidden_size=96, num_hidden_layers=2,
@@ -82,13 +86,20 @@ PRESETS = {
 # --- The model (sections 2 and 5) ---
 
 class DualEncoder(nn.Module):
-    """Sounds and sentences in one space, where their cosine says how well they match."""
+    """Sounds and sentences in one space, where their cosine says how well they match.
+
+    encode_audio, encode_text and encode_pairs take tensors of a batch, and keep gradients if they
+    are enabled: the training's way. embed_audio and embed_text take sounds and sentences as users
+    have them, without gradients, and return float32 on the CPU. project_segments stops before the
+    mean over a clip's segments, which the search does later.
+    """
 
     def __init__(self, config: DualEncoderConfig, tokenizer: Tokenizer):
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer
-        self.trained_on: list[str] = []  # "dataset/split": what the weights, or teachers, have seen
+        # The names of the splits that the weights were trained on, or their teachers' weights.
+        self.trained_on: list[str] = []
         self.stage = "contrastive"  # or "distilled"
         self.precision: torch.dtype | None = None  # the towers' autocast type; None is float32
         self.audio = AudioTower(
@@ -103,33 +114,33 @@ class DualEncoder(nn.Module):
         ))
         self.audio_projection = nn.Linear(config.audio_width, config.embedding)
         self.text_projection = nn.Linear(config.hidden_size, config.embedding)
-        self.register_buffer("tau", torch.tensor(config.tau))  # fixed, in both losses
+        self.register_buffer("tau", torch.tensor(config.tau))  # It is not learned.
 
     def project_segments(self, segments: Tensor) -> Tensor:
-        """Embed segments, int16 or float: (S, 320000) -> (S, D), not normalised."""
+        """Encode segments one by one, int16 or float: (S, 320000) -> (S, D), not normalised."""
         with self._autocast():
             features = self.audio(segments)
         return self.audio_projection(features.float())
 
     def encode_audio(self, segments: Tensor, counts: Tensor) -> Tensor:
-        """Embed clips: (S, 320000), (C,) segments of each, summing to S -> (C, D) unit norm."""
-        # The baseline averages before its linear head; the mean of a linear map is the same.
+        """Encode clips: segments (S, 320000), and how many each has (C,) -> (C, D) of unit norm."""
+        # The baseline takes the mean before its linear head, which gives the same.
         vectors = self.project_segments(segments)
         # unsafe=True skips the check that counts sum to S, which would force a GPU sync.
         means = torch.segment_reduce(vectors, "mean", lengths=counts, unsafe=True)
         return F.normalize(means, dim=1)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """Embed captions: (Q, L) int64 -> (Q, D) unit norm."""
+        """Encode captions: (Q, L) int64 -> (Q, D) of unit norm."""
         with self._autocast():
             features = self.text(tokens)
         return F.normalize(self.text_projection(features.float()), dim=1)
 
     def encode_pairs(self, batch, micro_batch: int | None = None) -> tuple[Tensor, Tensor]:
-        """Embed the pairs of a data.Batch: audio (B, D), text (B, D).
+        """Encode the pairs of a data.Batch: audio (B_r, D), text (B_r, D), both of unit norm.
 
-        With micro_batch, that many pairs are encoded at a time: what backward needs of a piece is
-        computed again, with the same random numbers, when backward reaches it. Memory is that of
+        With micro_batch, the batch is encoded in pieces of so many pairs. A piece's activations are
+        not kept; backward computes them again with the same random numbers. So memory is that of
         one piece, and every pair still meets all negatives of the batch (GradCache, Gao et al.
         2021).
         """
@@ -142,9 +153,10 @@ class DualEncoder(nn.Module):
         pieces = []
         # The batch is cut up on the CPU, since cutting it on a GPU would force a sync.
         for piece in batch.pieces(micro_batch):
-            # checkpoint() restores the random state of the device that it finds among its tensor
-            # arguments, so it is given the tensors and not a Batch.
-            pieces.append(checkpoint(encode, *piece.inputs(self.device), use_reentrant=False))
+            # The tensors are arguments of their own, since random numbers are drawn again on the
+            # device that is found among the arguments.
+            inputs = piece.inputs(self.device)
+            pieces.append(recompute_in_backward(encode, *inputs, use_reentrant=False))
         audio, text = zip(*pieces, strict=True)
         return torch.cat(audio), torch.cat(text)
 
@@ -156,20 +168,20 @@ class DualEncoder(nn.Module):
     def device(self) -> torch.device:
         return self.tau.device
 
-    # --- The two directions, for users: float32, on the CPU, unit norm ---
+    # --- Embeddings for users: float32, on the CPU, of unit norm ---
 
     @torch.no_grad()
     def embed_audio(self, sounds: Sound | Iterable[Sound], rate: int = SAMPLE_RATE) -> Tensor:
-        """Embed sounds, the first 30 s of each: (N, D), and leave the model's mode as it is.
+        """Embed sounds, the first 30 s of each: (N, D). The model's mode stays as it is.
 
         Args:
             sounds: paths, or mono waveforms (n,) or (1, n), float in -1..1 or int16; one alone
-                counts as a list of one. They are taken one by one, so a generator or a progress
+                counts as a list of one. They are read a few at a time, so a generator or a progress
                 bar will do.
             rate: the sample rate of waveforms in Hz; files tell their own.
 
         Raises:
-            InputError: a file cannot be read, an array is no waveform, or the rate is no whole
+            InputError: a file cannot be read, an array is no waveform, or the rate is not a whole
                 number above zero.
         """
         rate = _whole_rate(rate)
@@ -178,18 +190,18 @@ class DualEncoder(nn.Module):
         waveforms = (_waveform(sound, rate) for sound in sounds)
         embeddings = [torch.zeros(0, self.config.embedding)]
         with self._evaluating():
-            while batch := list(itertools.islice(waveforms, EMBED_CLIPS)):
-                segments, counts = to_segments(batch)
+            while clips := list(itertools.islice(waveforms, EMBED_CLIPS)):
+                segments, counts = to_segments(clips)
                 encoded = self.encode_audio(segments.to(self.device), counts.to(self.device))
                 embeddings.append(encoded.cpu())
         return torch.cat(embeddings)
 
     @torch.no_grad()
     def embed_text(self, captions: str | Iterable[str]) -> Tensor:
-        """Embed captions, or one alone: (Q, D), and leave the model's mode as it is."""
+        """Embed captions, or one alone: (Q, D). The model's mode stays as it is."""
         captions = [captions] if isinstance(captions, str) else list(captions)
         embeddings = torch.zeros(len(captions), self.config.embedding)
-        # Captions of like length stand together, so that they need little padding.
+        # Captions of similar length are embedded together, so that they need little padding.
         order = sorted(range(len(captions)), key=lambda i: len(captions[i]))
         with self._evaluating():
             for start in range(0, len(order), EMBED_CAPTIONS):
@@ -200,13 +212,14 @@ class DualEncoder(nn.Module):
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Switch dropout, patchout and jitter off; afterwards each module has its mode again."""
-        training = [module for module in self.modules() if module.training]
+        """Switch dropout, patchout and the mel filters' jitter off within the block."""
+        # Each module gets its mode back, since some may have been in evaluation while others train.
+        training_modules = [module for module in self.modules() if module.training]
         self.eval()
         try:
             yield
         finally:
-            for module in training:
+            for module in training_modules:
                 module.training = True
 
     # --- Making, saving, loading ---
@@ -220,16 +233,18 @@ class DualEncoder(nn.Module):
         Args:
             preset: "report" or "tiny".
             init: "pretrained" for the published PaSST and RoBERTa, or "random".
-            captions: a tokenizer is trained on them where no published one is used.
-            text_model: a RoBERTa's name or folder in place of roberta-large; its sizes are used.
+            captions: a tokenizer is trained on them if no published one is used.
+            text_model: another RoBERTa's name or folder, in place of roberta-large. Its tokenizer
+                and its sizes are taken, and with "pretrained" its weights.
 
         Raises:
             InputError: published weights cannot be had, or do not fit.
         """
         config = PRESETS[preset]
-        passt = published_passt() if init == "pretrained" else None
-        if init == "pretrained" and text_model is None:
-            text_model = ROBERTA
+        pretrained = init == "pretrained"
+        if pretrained:
+            passt = published_passt()
+            text_model = text_model or ROBERTA
         if text_model is None:
             tokenizer = train_bpe(captions, config.vocab_size)
         else:
@@ -240,13 +255,13 @@ class DualEncoder(nn.Module):
         model = cls(config, tokenizer)
         _scale_to_width(model.audio, PRESETS["report"].audio_width / config.audio_width)
         _scale_to_width(model.text, PRESETS["report"].hidden_size / config.hidden_size)
-        if passt is not None:
+        if pretrained:
             load_strictly(model.audio.passt, passt, "the published PaSST")
             load_strictly(model.text.roberta, roberta.state_dict(), text_model)
         return model
 
     def checkpoint(self) -> dict:
-        """Return what load() reads when torch.save has written it: plain values and tensors."""
+        """Return what torch.save writes and load() reads: plain values and tensors."""
         return {
             "config": dataclasses.asdict(self.config),
             "tokenizer": self.tokenizer.to_str(),
@@ -264,8 +279,8 @@ class DualEncoder(nn.Module):
         Args:
             path: best.pt or last.pt of a run, the run's folder, salsa's or the DCASE 2025
                 baseline's .ckpt; or "salsa" or "baseline", which are fetched.
-            device: "cpu", "cuda", "cuda:1"; "auto" is a GPU where there is one.
-            tokenizer: a name or folder, for a checkpoint that holds none, as the two published
+            device: "cpu", "cuda", "cuda:1"; "auto" is a GPU if there is one.
+            tokenizer: a name or folder, for a checkpoint that holds none, such as the two published
                 ones (default roberta-large).
 
         Raises:
@@ -298,10 +313,14 @@ class DualEncoder(nn.Module):
 
 @torch.no_grad()
 def _scale_to_width(tower: nn.Module, ratio: float) -> None:
-    """Scale random matrices by the root of how much narrower a tower is than the report's.
+    """Multiply a tower's random matrices by the square root of the ratio.
 
-    Both libraries draw them with a standard deviation of 0.02, whatever the width: a narrow tower's
-    first token then hardly depends on the others, and training stands still at first.
+    Both libraries draw them with a standard deviation of 0.02, whatever the width. In a narrow
+    tower the first token would then hardly depend on the others, and training would stand still at
+    first.
+
+    Args:
+        ratio: the width of the report's tower / the width of this one.
     """
     for parameter in tower.parameters():
         if parameter.ndim >= 2:
@@ -321,7 +340,8 @@ def _whole_rate(rate: float) -> int:
 def _waveform(sound: Sound, rate: int) -> np.ndarray:
     """Read or convert a sound as embed_audio takes it: its first 30 s, (n,) at 32 kHz.
 
-    A file passes through int16, as in the cache, so that it has the same embedding as there.
+    A file is rounded to int16, as in the cache of decoded sounds, so that both have the same
+    embedding.
     """
     if isinstance(sound, str | os.PathLike):
         sound = to_int16(load_audio(sound, CLIP_SAMPLES // SAMPLE_RATE))
@@ -336,11 +356,14 @@ def _waveform(sound: Sound, rate: int) -> np.ndarray:
             f"an array of shape {waveform.shape} is no waveform: (n,) is needed, the mean over "
             "channels, or a list of such"
         )
+    # It is cut before, too, so that no more than 30 s are resampled.
     waveform = waveform[: CLIP_SAMPLES * rate // SAMPLE_RATE]
     if waveform.dtype == np.int16:
         waveform = waveform.astype(np.float32) / INT16_SCALE
     if waveform.dtype.kind != "f" or not np.isfinite(waveform).all():
-        raise InputError(f"a waveform of {waveform.dtype}: int16, or finite floats in -1..1 needed")
+        raise InputError(
+            f"a waveform of {waveform.dtype}: int16, or finite floats in -1..1, are needed"
+        )
     return within_full_scale(crop(resample(waveform.astype(np.float32), rate)))
 
 
@@ -350,13 +373,13 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device that --device names and make it the current one.
+    """Return the device that --device names, and make it the current one.
 
-    "auto" is a GPU where there is one. A device that cannot be used is an InputError.
+    "auto" is a GPU if there is one. A device that cannot be used is an InputError.
     """
     device = _usable_device(name)
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # which NCCL and is_bf16_supported use
+        torch.cuda.set_device(device)  # NCCL and is_bf16_supported use the current device.
     return device
 
 
@@ -376,7 +399,7 @@ def _usable_device(name: str) -> torch.device:
 
 
 def _explain_unused_gpu() -> None:
-    """Pass on torch's reason where a GPU is in the machine and torch cannot use it."""
+    """Print torch's reason if a GPU is in the machine, but torch cannot use it."""
     if not list(Path("/dev").glob("nvidia[0-9]*")):
         return
     try:

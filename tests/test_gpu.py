@@ -129,7 +129,7 @@ def make_batch() -> Batch:
 
 
 def checked(encode, *tensors, **options):
-    """Stand for checkpoint(): it replays the random state only of its arguments' device."""
+    """Check that random numbers are replayed: only those of the arguments' device are."""
     assert {t.device for t in tensors} == {PRETENDED}
     return checkpoint(encode, *tensors, **options)
 
@@ -138,7 +138,7 @@ def checked(encode, *tensors, **options):
 def test_devices_and_types_fit(precision, tmp_path):
     model, batch, own = pretended_model("report"), make_batch(), precision or torch.float32
     model.precision = precision
-    with pretended_gpu() as gpu, mock.patch("dualenc.model.checkpoint", checked):
+    with pretended_gpu() as gpu, mock.patch("dualenc.model.recompute_in_backward", checked):
         audio, text = model.encode_pairs(batch, 3 if precision == torch.bfloat16 else None)
         ids = batch.clip_ids.to(PRETENDED, non_blocking=True)
         teacher = [torch.zeros(6, 512, device=PRETENDED)[ids]]
@@ -150,7 +150,7 @@ def test_devices_and_types_fit(precision, tmp_path):
 
     model = pretended_model("tiny")
     model.precision = precision
-    with pretended_gpu() as gpu, mock.patch("dualenc.model.checkpoint", checked):
+    with pretended_gpu() as gpu, mock.patch("dualenc.model.recompute_in_backward", checked):
         assert {t.device for t in model.encode_pairs(batch, 3)} == {PRETENDED}
         assert not gpu.syncs  # within a step
         audio, text = model.embed_audio([noise(11), noise(4)]), model.embed_text(CAPTIONS)
@@ -232,7 +232,11 @@ def test_pieces_replay_dropout(tiny_model):
     model = copy.deepcopy(tiny_model).to("cuda").train()
     replayed = gradients(model, 2)
     whole = gradients(model)
-    with mock.patch("dualenc.model.checkpoint", lambda encode, *tensors, **_: encode(*tensors)):
+
+    def encode_once(encode, *tensors, **_):
+        return encode(*tensors)
+
+    with mock.patch("dualenc.model.recompute_in_backward", encode_once):
         expected = gradients(model, 2)  # the same pieces in one graph
     assert (replayed - expected).norm() < 1e-4 * expected.norm()
     assert (whole - expected).norm() > 1e-4 * expected.norm()  # other draws of dropout
