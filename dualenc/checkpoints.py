@@ -1,10 +1,10 @@
 """Checkpoints: which file a name means, what is in it, and how one is saved.
 
-A checkpoint of ours is what DualEncoder.checkpoint() returns, saved by torch. Two published models
-of the same recipe are read, too, and are fetched under their names:
+A checkpoint of this project is what DualEncoder.checkpoint() returns, saved by torch. Two published
+models of the same recipe can be read, too, and are fetched when they are asked for by name:
 
     salsa      Primus et al., "Estimated audio-caption correspondences" (DCASE 2024 workshop)
-    baseline   the official baseline of DCASE 2025, task 6
+    baseline   the official baseline of DCASE 2025, task 6 (called the baseline from here on)
 """
 
 import collections
@@ -28,7 +28,7 @@ AnyPath = str | os.PathLike
 
 # --- Published weights: fetched once into torch's hub folder ---
 
-CHUNK_BYTES = 1 << 20  # read from a server at a time
+CHUNK_BYTES = 2**20  # read from a server at a time
 TIMEOUT_SECONDS = 30  # without a byte from the server
 
 
@@ -37,8 +37,8 @@ class Published(NamedTuple):
 
     title: str
     file_name: str  # in torch's hub folder
-    urls: tuple[str, ...]  # addresses of the parts, which are joined in this order
-    otherwise: str = ""  # what to do without them
+    urls: tuple[str, ...]  # of the parts, which are joined in this order
+    alternative: str = ""  # ends the message if they cannot be fetched
 
     def path(self) -> Path:
         return Path(torch.hub.get_dir(), "checkpoints", self.file_name)
@@ -65,16 +65,16 @@ PASST = Published(
     "PaSST", "passt-s-f128-p16-s16-ap.468.pt",
     ("https://github.com/kkoutini/PaSST/releases/download/v0.0.2-audioset/"
      "passt-s-f128-p16-s16-ap.468.pt",),
-    otherwise=", or give --init random",
+    alternative=", or give --init random",
 )
 
 
 def checkpoint_file(name_or_path: AnyPath) -> Path:
-    """Return the file that a checkpoint's name or path means; it is there.
+    """Return the file that a checkpoint's name or path means, fetched if need be.
 
     Args:
         name_or_path: a file; a run's folder, which stands for its best.pt; or "salsa" or
-            "baseline", which are fetched unless a file or folder has that name.
+            "baseline", unless a file or folder has that name.
 
     Raises:
         InputError: there is no such file, or it cannot be fetched.
@@ -90,17 +90,17 @@ def checkpoint_file(name_or_path: AnyPath) -> Path:
 
 
 def published_passt() -> dict[str, Tensor]:
-    """Return PaSST's published weights without its classifiers; the first time they are fetched."""
+    """Return PaSST's published weights without its classifiers, fetched if need be."""
     weights = _read(_fetch(PASST))
-    # head.* and head_dist.* are AudioSet's 527 classes.
+    # The classifiers of AudioSet's 527 classes are called head.* and head_dist.*.
     return {name: value for name, value in weights.items() if not name.startswith("head")}
 
 
 def _fetch(published: Published) -> Path:
-    """Return the file of published weights; download it if it is not there yet.
+    """Return the file of published weights, downloaded if it is not there yet.
 
-    torch.hub's own downloader takes a file that broke off for whole. Here the file gets its name
-    only when each part has the size that the server told, and the whole can be read.
+    torch.hub's own downloader takes a file that broke off for a whole one. Here the file gets its
+    name only when each part has the size that the server told, and all of it can be read.
     """
     path = published.path()
     if path.exists():
@@ -124,13 +124,13 @@ def _fetch(published: Published) -> Path:
                     bar.update(len(chunk))
         try:
             _load(temporary)
-        except Exception as error:  # torch.load raises whatever its parsers meet
+        except Exception as error:  # torch.load passes on whatever its parsers raise.
             raise _not_fetched(published, url, "what it sent is no whole checkpoint") from error
     return path
 
 
 def _download(published: Published, url: str) -> Iterator[bytes]:
-    """Yield what a server sends; it is an InputError if that is less than it told."""
+    """Yield what a server sends; an InputError if that is less than it told."""
     with _answer(published, url) as response:
         missing = response.length
         while chunk := response.read(CHUNK_BYTES):
@@ -143,7 +143,7 @@ def _download(published: Published, url: str) -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def _answer(published: Published, url: str) -> Iterator[HTTPResponse]:
-    """Open an address; its response's length is None where the server does not tell it."""
+    """Open an address; the response's length is None if the server does not tell it."""
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:
             yield response
@@ -155,19 +155,23 @@ def _not_fetched(published: Published, url: str, reason: str) -> InputError:
     reason = reason.splitlines()[0][:120]
     return InputError(
         f"{published.title} cannot be fetched from {url} ({reason}); nothing was kept: run again, "
-        f"or copy it to {published.path()} yourself{published.otherwise}"
+        f"or copy it to {published.path()} yourself{published.alternative}"
     )
 
 
 # --- Reading ---
 
 def read_checkpoint(name_or_path: AnyPath) -> dict:
-    """Read a checkpoint, memory-mapped; salsa's and the baseline's are given the form of ours.
+    """Read a checkpoint, memory-mapped; the published ones are brought into this project's form.
 
     Returns:
-        {"config": the sizes that are not the report's, or all, "tokenizer": as JSON or None,
-        "model": weights by name, "trained_on": ["dataset/split"], "stage": "contrastive" or
-        "distilled"}; last.pt holds "training", too.
+        A dictionary of
+            "config": DualEncoderConfig's values by name; the absent ones are the report's.
+            "tokenizer": as JSON, or None if the checkpoint holds none.
+            "model": {name: weights}.
+            "trained_on": names of splits, such as "clotho/development".
+            "stage": "contrastive" or "distilled".
+            "training": in last.pt alone, what resuming needs.
 
     Raises:
         InputError: the file is missing, damaged, or of another program.
@@ -182,7 +186,7 @@ def read_checkpoint(name_or_path: AnyPath) -> dict:
 
 
 def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], source: AnyPath) -> None:
-    """Load weights whose names and shapes are the module's; else an InputError names one."""
+    """Load weights; an InputError if their names and shapes are not all those of the module."""
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
@@ -193,7 +197,7 @@ def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], source: AnyP
 def _read(path: Path) -> object:
     try:
         return _load(path)
-    except Exception as error:  # torch.load raises whatever its parsers meet
+    except Exception as error:  # torch.load passes on whatever its parsers raise.
         reason = (str(error) or repr(error)).splitlines()[0][:80]
         remedy = ""
         if path.parent == PASST.path().parent:
@@ -202,22 +206,23 @@ def _read(path: Path) -> object:
 
 
 def _load(path: Path) -> object:
-    # Lightning stores objects of other programs beside the weights: each becomes a dictionary.
+    # PyTorch Lightning stores objects of other programs beside the weights. Each becomes a
+    # dictionary.
     others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    with torch.serialization.safe_globals([(_Inert, name) for name in others]):
+    with torch.serialization.safe_globals([(_StandIn, name) for name in others]):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
-class _Inert:
-    """A stand-in for any class that a file names; nothing of that class is run."""
+class _StandIn:
+    """A stand-in for any class that a file names, so that no code of that class is run."""
 
     def __new__(cls, *args) -> collections.OrderedDict:
-        return collections.OrderedDict()  # which takes both items and attributes
+        return collections.OrderedDict()  # It accepts both items and attributes.
 
 
 # --- The two published models, as PyTorch Lightning saved them ---
 
-# How a weight's name begins in salsa's or the baseline's file, and in ours.
+# {how names of weights begin in salsa's or the baseline's file: how they begin here}
 PUBLISHED_NAMES = {
     "audio_embedding_model.model.model.": "audio.passt.",
     "text_embedding_model.": "text.roberta.",  # baseline
@@ -236,22 +241,23 @@ HEAD_WIDTH = 64  # of one attention head, in PaSST and in every RoBERTa
 
 
 def _from_lightning(saved: dict, path: Path) -> dict:
-    """Give the checkpoint of salsa or of the baseline the form of ours."""
+    """Bring the checkpoint of salsa or of the baseline into this project's form."""
     weights = {}
     stage = "contrastive"
     for name, value in saved["state_dict"].items():
-        name = name.replace("_orig_mod.", "")  # torch.compile adds it to the names
+        name = name.replace("_orig_mod.", "")  # torch.compile adds it.
         if name.startswith(PASSED_OVER):
             continue
         weights[_our_name(name, path)] = value
-        if name.startswith("project_audio."):  # salsa's published model is a student
+        if name.startswith("project_audio."):  # Only salsa has it, and it is a student.
             stage = "distilled"
     try:
         sizes = _sizes(weights)
     except KeyError as error:
         raise InputError(f"{path}: lacks the weight {error.args[0]}") from error
     weights["tau"] = torch.tensor(sizes["tau"])
-    # Both train on Clotho, whatever else; the settings say whether the others were left out.
+    # Both were trained on Clotho. They were trained on AudioCaps and WavCaps as well, unless their
+    # settings say that these were left out.
     settings = saved.get("hyper_parameters", {})
     trained_on = ["clotho/development"]
     for dataset in ("audiocaps", "wavcaps"):
@@ -273,7 +279,7 @@ def _our_name(name: str, path: Path) -> str:
 
 
 def _sizes(weights: Mapping[str, Tensor]) -> dict:
-    """Return the sizes that the shapes of the weights tell, by DualEncoderConfig's names."""
+    """Read the model's sizes off the weights' shapes, by DualEncoderConfig's names."""
     roberta = "text.roberta."
     audio_width, _, *patch = weights["audio.passt.patch_embed.proj.weight"].shape
     vocab_size, hidden_size = weights[roberta + "embeddings.word_embeddings.weight"].shape
@@ -289,7 +295,7 @@ def _sizes(weights: Mapping[str, Tensor]) -> dict:
         "intermediate_size": len(weights[roberta + "encoder.layer.0.intermediate.dense.weight"]),
         "max_position_embeddings": len(weights[roberta + "embeddings.position_embeddings.weight"]),
         "embedding": len(weights["audio_projection.weight"]),
-        "tau": abs(weights["tau"].item()),  # both divide by its absolute value
+        "tau": abs(weights["tau"].item()),  # Both divide by its absolute value.
     }
 
 
@@ -301,7 +307,7 @@ def _count(weights: Mapping[str, Tensor], prefix: str) -> int:
     return len(numbers)
 
 
-# --- The newest; saving ---
+# --- The newest checkpoint, and saving ---
 
 def newest_checkpoint(runs: Path = Path("runs")) -> Path:
     """Return the best.pt that was written last below the folder of runs."""
@@ -315,12 +321,12 @@ def newest_checkpoint(runs: Path = Path("runs")) -> Path:
 
 
 def save_atomically(values: dict, path: Path) -> None:
-    """Save values by torch.save; until all is written, what was there stays."""
+    """Save values by torch.save; the file that was there stays until all is written."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
         try:
             torch.save(values, file)
         except RuntimeError as error:
-            # torch reports a full disk as an error of its own; the system's stands behind it.
+            # torch turns a full disk into an error of its own, which hides the system's.
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise

@@ -1,6 +1,8 @@
-"""Sound file -> waveform; each decoded once into a cache; waveform -> mp3.
+"""Sound file -> waveform, decoded once into a cache; waveform -> mp3.
 
-n samples at 32 kHz. FFmpeg's libraries decode, by way of PyAV.
+FFmpeg's libraries decode, by way of PyAV.
+
+n samples at 32 kHz.
 """
 
 import collections
@@ -30,7 +32,7 @@ AnyPath = str | os.PathLike
 SAMPLE_RATE = 32_000  # Hz
 BLOCK_SECONDS = 10
 BLOCK_SAMPLES = BLOCK_SECONDS * SAMPLE_RATE  # 320,000
-INT16_SCALE = 32_768  # int16 full scale = 1.0
+INT16_SCALE = 32_768  # 1.0, full scale, as an int16
 MAX_CHANNELS = 64  # FFmpeg's resampler takes no more.
 
 # The suffixes that a scan of a folder tries. A file is read by what is in it, whatever its suffix.
@@ -51,11 +53,11 @@ SYSTEM_FOLDERS = (
 
 
 class SoundError(InputError):
-    """A fault of one sound file, which it names: other files can still be read."""
+    """A fault of one sound file, which it names, while other files can still be read."""
 
 
 def usable_cores() -> int:
-    """Count the cores that this process may use, which may be fewer than the machine has."""
+    """Return how many cores this process may use; the machine may have more."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -64,9 +66,12 @@ def usable_cores() -> int:
 # --- Sound file -> waveform ---
 
 def load_audio(path: AnyPath, max_seconds: float | None = None, faults: list[str] | None = None):
-    """Decode a sound file, or its first blocks up to max_seconds: (n,) float32, mono, 32 kHz.
+    """Decode a sound file: (n,) float32, mono, 32 kHz, at most 1 in size.
 
-    Errors, faults and what becomes of sounds above full scale are those of stream_audio.
+    Errors, faults, and the scaling of blocks above full scale are as in stream_audio.
+
+    Args:
+        max_seconds: only blocks of 10 s that begin before this are decoded; None for all.
     """
     blocks = stream_audio(path, faults)
     if max_seconds is not None:
@@ -77,9 +82,15 @@ def load_audio(path: AnyPath, max_seconds: float | None = None, faults: list[str
 def stream_audio(path: AnyPath, faults: list[str] | None = None) -> Iterator[np.ndarray]:
     """Decode a file of any length in blocks of 10 s: (320000,) float32, the last one shorter.
 
-    Where the file is shorter or longer than its header says, or cannot be read to its end, its
-    readable part is yielded and a sentence added to faults. A file that is not there, holds no
-    sound that can be decoded, or samples that are not finite, is an InputError.
+    Each block is mono at 32 kHz, and is divided by its own peak if that is above 1.
+
+    Args:
+        faults: a list to which a sentence is added if the file is shorter or longer than its
+            header says, or cannot be read to its end. The part that can be read is yielded anyway.
+
+    Raises:
+        SoundError: the file is not there, holds no sound that can be decoded, or holds samples that
+            are not finite.
     """
     if faults is None:
         faults = []
@@ -94,10 +105,10 @@ def stream_audio(path: AnyPath, faults: list[str] | None = None) -> Iterator[np.
 
 
 def within_full_scale(waveform: np.ndarray) -> np.ndarray:
-    """Divide each 10 s block by its peak where that is above 1, as in float files: (n,) -> (n,).
+    """Divide each 10 s block by its peak if that is above 1, as in float files: (n,) -> (n,).
 
-    The one rule for whatever is embedded, so that a file has one embedding from its path, its
-    waveform, the cache and the search.
+    All that is embedded passes through here, so that a file has the same embedding from its path,
+    its waveform, the cache and the search.
     """
     if len(waveform) == 0 or np.abs(waveform).max() <= 1:
         return waveform
@@ -109,17 +120,19 @@ def within_full_scale(waveform: np.ndarray) -> np.ndarray:
 
 
 def load_excerpt(path: AnyPath, start: float, seconds: float, file_seconds: float) -> np.ndarray:
-    """Decode some seconds of a file from start on, by seeking: (n,) float32, mono, 32 kHz.
+    """Decode an excerpt of a file by seeking: (n,) float32, mono, 32 kHz.
 
-    It is made for listening: it begins within 50 ms of start.
+    It is made for listening, and begins within 50 ms of start.
 
     Args:
-        start: in seconds from the file's first sample.
-        file_seconds: how long the whole file was when it was last decoded. Where its header says
-            otherwise, as in joined files, its time stamps are not believed, and it is decoded from
+        start: seconds from the file's first sample to the excerpt's.
+        seconds: the excerpt's length.
+        file_seconds: the whole file's length when it was last decoded. If its header says
+            otherwise, as in joined files, its time stamps are not trusted, and it is decoded from
             its beginning.
 
-    A file that is gone, was cut short since, or cannot be read there is an InputError.
+    Raises:
+        SoundError: the file is gone, was cut short since, or cannot be read there.
     """
     excerpt = _seek_excerpt(path, start, seconds, file_seconds)
     if excerpt is None:
@@ -134,7 +147,7 @@ def load_excerpt(path: AnyPath, start: float, seconds: float, file_seconds: floa
 def all_channels(path: AnyPath, faults: list[str]) -> Iterator[np.ndarray]:
     """Decode a file with all its channels, in blocks: (n, channels) float32 at 32 kHz.
 
-    Errors and faults are those of stream_audio.
+    Errors and faults are as in stream_audio.
     """
     with _pyav_errors(path), _open(path) as file:
         stream = _sound_stream(path, file)
@@ -159,32 +172,34 @@ def all_channels(path: AnyPath, faults: list[str]) -> Iterator[np.ndarray]:
 
 # --- Inside a file ---
 
-# A file is reported as truncated if it is shorter than its header promises by more than both.
+# A file is reported as truncated if it is shorter than its header says by more than both of these.
 TRUNCATED_SECONDS = 0.1
 TRUNCATED_SHARE = 0.01
-UNKNOWN_RIFF_BYTES = 0x7FFF_F000  # From here on, a wav's size was written before its sound.
-SEEK_LEAD_SECONDS = 2  # A decoder needs some sound before a place to decode it as it is.
+# Sizes this large are placeholders in a wav's header, written before the length was known.
+UNKNOWN_RIFF_BYTES = 0x7FFF_F000
+# A decoder needs a run-up before it decodes exactly.
+SEEK_LEAD_SECONDS = 2
 
 
 def _audio_decoders() -> str:
-    """List the names of FFmpeg's decoders of sound, as its option codec_whitelist takes them."""
+    """Return the names of FFmpeg's sound decoders, as its option codec_whitelist takes them."""
     names = []
     for name in sorted(av.codecs_available):
-        with contextlib.suppress(av.codec.codec.UnknownCodecError):  # It can encode, not decode.
+        with contextlib.suppress(av.codec.codec.UnknownCodecError):  # Some can only encode.
             if av.Codec(name, "r").type == "audio":
                 names.append(name)
     return ",".join(names)
 
 
-# Video streams and pictures are neither decoded nor probed: it takes time, and faults of FFmpeg's
-# that strangers could use are mostly in decoders of video.
+# Video streams and pictures are neither decoded nor probed: it would take time, and most of
+# FFmpeg's exploitable bugs are in video decoders.
 OPTIONS = {"codec_whitelist": _audio_decoders()}
 
 
 def _open(path: AnyPath) -> InputContainer:
     if not Path(path).exists():
         raise SoundError(f"{path}: no such file")
-    if not Path(path).is_file():  # To open a pipe would be to wait for its writer.
+    if not Path(path).is_file():  # Opening a pipe would wait for its writer.
         raise SoundError(f"{path}: is not a file")
     name = f"file:{os.fspath(path)}"  # A colon in a bare name would stand for a protocol.
     return av.open(name, container_options=OPTIONS, metadata_errors="ignore")
@@ -192,12 +207,12 @@ def _open(path: AnyPath) -> InputContainer:
 
 @contextlib.contextmanager
 def _pyav_errors(path: AnyPath) -> Iterator[None]:
-    """Turn whatever PyAV raises within the block into a SoundError that names the file."""
+    """Turn any error within the block into a SoundError that names the file."""
     try:
         yield
     except InputError:
         raise
-    except Exception as error:  # Strange files bring out more than PyAV's own FFmpegError.
+    except Exception as error:  # Damaged files raise more than PyAV's own FFmpegError.
         reason = getattr(error, "strerror", None) or error
         raise SoundError(f"{path}: cannot be read as a sound ({reason})") from error
 
@@ -213,13 +228,13 @@ def _sound_stream(path: AnyPath, file: InputContainer) -> AudioStream:
 
 
 def _frames(file: InputContainer, stream: AudioStream, faults: list[str]) -> Iterator[AudioFrame]:
-    """Decode a stream's frames; an error ends it and is added to faults."""
+    """Decode a stream's frames up to an error, which is added to faults."""
     try:
         for packet in file.demux(stream):
             try:
                 frames = packet.decode()
             except av.error.InvalidDataError:
-                continue  # Such as the packet in which one of two joined mp3 files ends.
+                continue  # Such a packet may be where one of two joined mp3 files ends.
             yield from frames
     except av.error.FFmpegError as error:
         faults.append(f"cannot be read to its end ({error.strerror})")
@@ -230,12 +245,12 @@ def _mono(path: AnyPath, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     for block in blocks:
         if not np.isfinite(block).all():
             raise SoundError(f"{path}: holds samples that are not finite numbers")
-        # Not by FFmpeg, which would add the channels of stereo at 0.71 each.
+        # FFmpeg's own downmix would add the channels of stereo at 0.71 each.
         yield block.mean(axis=1, dtype=np.float32)
 
 
 def _cut(blocks: Iterable[np.ndarray], start: float, seconds: float) -> np.ndarray:
-    """Cut some seconds out of blocks (n,), from start on; fewer where the blocks end before."""
+    """Cut some seconds out of blocks (n,), from start on; fewer if the blocks end before."""
     first = round(start * SAMPLE_RATE)
     end = first + round(seconds * SAMPLE_RATE)
     parts = [np.zeros(0, np.float32)]
@@ -251,7 +266,7 @@ def _cut(blocks: Iterable[np.ndarray], start: float, seconds: float) -> np.ndarr
 def _seek_excerpt(
     path: AnyPath, start: float, seconds: float, file_seconds: float
 ) -> np.ndarray | None:
-    """Return an excerpt (n,) found by its time stamps, or None where they cannot be believed."""
+    """Return an excerpt (n,) found by its time stamps, or None if they cannot be trusted."""
     with _pyav_errors(path), _open(path) as file:
         stream = _sound_stream(path, file)
         duration = _duration(file, stream)
@@ -264,7 +279,7 @@ def _seek_excerpt(
         before = max(first_frame.time, target_time - SEEK_LEAD_SECONDS)
         try:
             file.seek(int(before / stream.time_base), stream=stream)
-        except av.error.FFmpegError:  # Not every format can be searched.
+        except av.error.FFmpegError:  # Some formats do not allow seeking.
             return None
         frames = _frames(file, stream, [])
         frame = next(frames, None)
@@ -285,11 +300,11 @@ def _duration(file: InputContainer, stream: AudioStream) -> float | None:
 
 
 def _promised_seconds(path: AnyPath, file: InputContainer, stream: AudioStream) -> float:
-    """Return how many seconds of sound a file's header promises; 0 where it promises none."""
+    """Return how many seconds of sound a file's header promises; 0 if it promises none."""
     file_bytes = os.path.getsize(path)
     bytes_per_second = (stream.codec_context.bit_rate or 0) / 8
     if file.format.name == "wav":
-        # FFmpeg tells how much there is, so what the header says is read here.
+        # FFmpeg's duration of a wav is what the file holds, so its header is read here.
         riff_bytes = _riff_bytes(path)
         if bytes_per_second > 0 and file_bytes < riff_bytes < UNKNOWN_RIFF_BYTES:
             return riff_bytes / bytes_per_second
@@ -298,12 +313,13 @@ def _promised_seconds(path: AnyPath, file: InputContainer, stream: AudioStream) 
     if seconds is None or (stream.duration is None and len(file.streams) > 1):
         return 0.0  # The duration may be that of a video beside the sound.
     if file.format.name in ("mp3", "aac") and 1.01 * file_bytes > seconds * bytes_per_second:
-        return 0.0  # Where an mp3 says nothing, FFmpeg divides its size by its first bit rate.
+        # A duration that is just size / bit rate is FFmpeg's estimate, and no promise.
+        return 0.0
     return seconds
 
 
 def _riff_bytes(path: AnyPath) -> int:
-    """Return the size of a wav file as its header tells it; 0 where it has no plain header."""
+    """Return a wav file's size according to its header; 0 if it begins with no RIFF header."""
     with open(path, "rb") as file:
         header = file.read(8)
     if header[:4] != b"RIFF":
@@ -312,10 +328,11 @@ def _riff_bytes(path: AnyPath) -> int:
 
 
 def _bytes_after_chunks(path: AnyPath) -> int:
-    """Return how many bytes of a wav file stand after its last chunk; 0 if the sound's is open.
+    """Return how many bytes of a wav file follow its last chunk.
 
-    The sound is a chunk, and so are a picture or metadata before it or behind it. Its size may
-    have wrapped at 4 GB, or be that of a header which was written before the sound.
+    There are none if the sound's chunk has no fixed size, or reaches to the file's end. There are
+    many if its size is wrong, since it wrapped around at 4 GB or was written before the sound.
+    Other chunks, such as pictures and metadata, may stand before and after the sound's.
     """
     file_bytes = os.path.getsize(path)
     if _riff_bytes(path) == 0:
@@ -333,7 +350,7 @@ def _bytes_after_chunks(path: AnyPath) -> int:
                 if size in (0, 0xFFFF_FFFF) or end >= file_bytes:
                     return 0  # FFmpeg reads to the file's end.
             elif not (name.isascii() and name.decode().isprintable()) or end > file_bytes + 1:
-                break
+                break  # No chunk begins here.
             position = end
     if not sound_seen:
         return 0
@@ -343,25 +360,32 @@ def _bytes_after_chunks(path: AnyPath) -> int:
 # --- Resampling ---
 
 # A Kaiser window of this length resamples as well as librosa does (soxr, high quality), with which
-# the baseline was trained; a worse filter cost up to 3 points of mAP@10 on files of 22.05 kHz.
+# the official DCASE 2025 baseline was trained. A worse filter cost up to 3 points of mAP@10 on
+# files of 22.05 kHz.
 FILTER = "filter_size=128:phase_shift=10:cutoff=0.96:filter_type=kaiser:kaiser_beta=12"
 
 
 class Resampler:
-    """Resamples frames of one format, layout and rate to 32 kHz; channels stay as they are."""
+    """A resampler of frames of one format, layout and rate to 32 kHz; it keeps all channels."""
 
     def __init__(self, format: str, layout: str, rate: int):
-        """Take FFmpeg's names of a sample format ("fltp") and of a layout ("stereo"), and Hz."""
+        """Set up FFmpeg's filters.
+
+        Args:
+            format, layout: FFmpeg's names, such as "fltp" and "stereo".
+            rate: of the frames, in Hz.
+        """
         rates = [SAMPLE_RATE]
         if 4000 <= rate < SAMPLE_RATE:
-            # FFmpeg ignores the cutoff on the way up; a step down by 1 % before it makes up for it.
+            # FFmpeg ignores the cutoff when it resamples upwards. So the sound is first resampled
+            # to 98.75 % of its rate, where the cutoff holds.
             rates.insert(0, round(0.9875 * rate / 100) * 100)
         self.form = (format, layout, rate)
         self.graph = Graph()
         self.graph.link_nodes(
             self.graph.add_abuffer(format=format, layout=layout, sample_rate=rate, time_base=None),
             *[self.graph.add("aresample", f"{to}:{FILTER}") for to in rates],
-            self.graph.add("aformat", "sample_fmts=flt"),  # channels of a sample side by side
+            self.graph.add("aformat", "sample_fmts=flt"),  # interleaved
             self.graph.add("asetnsamples", f"n={BLOCK_SAMPLES}:p=0"),
             self.graph.add("abuffersink"),
         ).configure()
@@ -373,7 +397,7 @@ class Resampler:
         return self._ready_blocks()
 
     def flush(self) -> list[np.ndarray]:
-        """Return what is left when the last frame has been pushed."""
+        """Return the blocks that are left after the last frame."""
         self.graph.push(None)
         return self._ready_blocks()
 
@@ -382,13 +406,13 @@ class Resampler:
         while True:
             try:
                 block = self.graph.pull()
-            except (av.error.BlockingIOError, av.error.EOFError):  # It needs more, or is done.
+            except (av.error.BlockingIOError, av.error.EOFError):  # It waits, or is done.
                 return blocks
             blocks.append(block.to_ndarray().reshape(-1, block.layout.nb_channels))
 
 
 def _resampled(frames: Iterable[AudioFrame]) -> Iterator[np.ndarray]:
-    """Resample frames, whose form may change on the way, as in joined files: (n, channels)."""
+    """Resample frames, whose form may change within a file, as in joined ones: (n, channels)."""
     resampler = None
     for frame in frames:
         if frame.layout.nb_channels > MAX_CHANNELS:
@@ -417,7 +441,7 @@ def resample(waveform: np.ndarray, rate: int) -> np.ndarray:
 
 
 def to_int16(waveform: np.ndarray) -> np.ndarray:
-    """Round to int16, clipped at full scale: (n,) float in -1..1 -> (n,)."""
+    """Round a waveform to int16, clipped at full scale: (n,) float in -1..1 -> (n,)."""
     scaled = np.clip(np.rint(waveform * INT16_SCALE), -INT16_SCALE, INT16_SCALE - 1)
     return scaled.astype(np.int16)
 
@@ -427,12 +451,15 @@ def to_int16(waveform: np.ndarray) -> np.ndarray:
 def sounds_below(folder: AnyPath, skipped: collections.Counter | None = None) -> list[Path]:
     """List all sound files below a folder, sorted.
 
-    Links to folders are followed, each folder once. Hidden files and folders (".name") and the
-    system's own folders are passed over. A folder that is not there is an InputError.
+    Links to folders are followed, and each folder is listed once. Hidden files and folders
+    (".name") and the system's own folders are passed over.
 
     Args:
-        skipped: where given, counts what else was passed over, under the keys "files of other
-            kinds" (by suffix) and "folders that may not be entered".
+        skipped: counts what else was passed over, under the keys "files of other kinds" (by
+            suffix) and "folders that may not be entered".
+
+    Raises:
+        InputError: there is no such folder.
     """
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: no such folder of sounds")
@@ -468,14 +495,14 @@ def _is_system_folder(name: str) -> bool:
 
 # --- Sound files -> waveforms, each decoded once ---
 
-DECODER = "PyAV 2"  # Raise the number when a file's waveform would come out otherwise.
+DECODER = "PyAV 2"  # Raise the number when waveforms would differ from those in caches.
 MIN_FILES_FOR_BAR = 50
 
 
 class Waveforms(list):
     """A list of cache files that yields their waveforms, (n,) int16, memory-mapped at each access.
 
-    Only a waveform's pages that are read are held in memory.
+    So only the parts of a waveform that are read are held in memory.
     """
 
     def __getitem__(self, i: int) -> np.ndarray:
@@ -488,9 +515,11 @@ class Waveforms(list):
 def decode_once(paths: Sequence[Path], cache_dir: Path) -> dict[Path, Path]:
     """Decode into cache_dir what is new or has changed, and return {sound: its cache file}.
 
-    Several processes may do so at once. Sounds that cannot be used, or only in part, are one
-    InputError that lists them, when all others are decoded; a cache_dir that cannot be written is
-    one before the first sound is decoded.
+    Several processes may do so at once.
+
+    Raises:
+        InputError: cache_dir cannot be written, which is checked first; or sounds cannot be read,
+            or not whole, and are listed after all others have been decoded.
     """
     cache_files = {path: cache_file(path, cache_dir) for path in paths}
     missing = []
@@ -504,7 +533,7 @@ def decode_once(paths: Sequence[Path], cache_dir: Path) -> dict[Path, Path]:
 
 
 def cache_file(path: Path, cache_dir: Path) -> Path:
-    """Name the file in which a sound's waveform is kept: another one when the sound changes."""
+    """Name the file in which a sound's waveform is kept; a sound that changes gets another one."""
     stat = path.stat()
     real_path = os.fsencode(os.path.realpath(path))
     version = f"{stat.st_size} {stat.st_mtime_ns} {DECODER}"
@@ -522,11 +551,9 @@ def _check_writable(cache_dir: Path) -> None:
 
 
 def _decode_all(missing: list[tuple[Path, Path]], cache_dir: Path) -> None:
-    """Decode (sound, cache file) pairs, with a progress bar that tells how much disk it will take.
-
-    Sounds that cannot be used are an InputError that lists them.
-    """
-    random.Random(0).shuffle(missing)  # So that the first ones tell how much all will take.
+    """Decode (sound, cache file) pairs, with a progress bar that estimates their disk space."""
+    # In random order the first sounds tell how much space all of them will take.
+    random.Random(0).shuffle(missing)
     pool = ThreadPoolExecutor(usable_cores())  # FFmpeg works outside Python's lock.
     bar = tqdm(
         pool.map(_decode_one, missing), "decoding sounds, once", total=len(missing), leave=False,
@@ -542,13 +569,13 @@ def _decode_all(missing: list[tuple[Path, Path]], cache_dir: Path) -> None:
             gigabytes = written_bytes / done * len(missing) / 1e9
             bar.set_postfix_str(f"about {gigabytes:.1f} GB in {cache_dir}", refresh=False)
     finally:
-        pool.shutdown(cancel_futures=True)  # After Ctrl-C, only what has begun is finished.
+        pool.shutdown(cancel_futures=True)  # After Ctrl-C no further sound is begun.
     if faults:
-        hint = (
-            "a sound that is removed or renamed is passed over as missing; "
-            "`python -m dualenc.data check FOLDER` lists all sound files that cannot be used"
+        headline = (
+            "sounds that cannot be used (one that is removed or renamed is passed over as missing; "
+            "`python -m dualenc.data check FOLDER` lists all)"
         )
-        raise InputError.of(hint, sorted(faults))
+        raise InputError.of(headline, sorted(faults))
 
 
 def _decode_one(sound_and_target: tuple[Path, Path]) -> tuple[str, int]:
@@ -565,14 +592,15 @@ def _decode_one(sound_and_target: tuple[Path, Path]) -> tuple[str, int]:
             if faults:
                 raise SoundError(f"{path}: {faults[0]}")
             file.seek(0)
-            _write_npy_header(file, samples)  # Now with the length, which takes as many bytes.
+            # The length is known now; the header is as long as before.
+            _write_npy_header(file, samples)
     except SoundError as error:
         return str(error), 0
     return "", samples * np.dtype(np.int16).itemsize
 
 
 def _write_npy_header(file: io.BufferedIOBase, samples: int) -> None:
-    """Write what stands before the samples in a .npy file: 128 bytes, however many samples."""
+    """Write a .npy file's header, which has 128 bytes, however many samples follow."""
     descr = np.lib.format.dtype_to_descr(np.dtype(np.int16))
     header = {"descr": descr, "fortran_order": False, "shape": (samples,)}
     np.lib.format.write_array_header_1_0(file, header)
