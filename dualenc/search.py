@@ -6,10 +6,11 @@
     python -m dualenc.search --serve --audio FOLDER              # a local page to type into
     python -m dualenc.search --queries queries.csv --audio FOLDER --submission out.csv
 
-The first search embeds the folder, later ones only what is new or has changed. The score is the
-cosine of query and sound; "above" is the share of the searched files that score lower.
+The first search embeds all sounds of the folder, later ones only what is new or has changed. The
+score is the cosine of query and sound; "above" is the share of the searched files that score lower.
 
-N files    S segments of all files together, s of one    Q queries    D embedding values
+N files, S segments of all of them together, s segments of one, Q queries, D = 1024 values of an
+embedding, n samples at 32 kHz.
 """
 
 import collections
@@ -43,25 +44,24 @@ from dualenc.errors import (
 )
 from dualenc.model import PRECISIONS, DualEncoder, choose_device, choose_precision
 
-INDEX_NAME = ".dualenc-index"  # Hidden: a scan of the sounds passes over it.
+INDEX_NAME = ".dualenc-index"  # The dot hides it from a scan of the sounds.
 INDEX_FORMAT = "index 3"
-# An interruption costs at most so much embedding, or what is embedded of an unfinished file.
-SAVE_SECONDS = 60
+SAVE_SECONDS = 60  # between two saves, so that an interruption costs little
 MAX_PARTS = 100  # An index of more parts is merged into one.
-EMBED_SEGMENTS = 16  # Segments of several files are embedded together.
-QUEUED_BLOCKS = 64  # Threads decode so many blocks of 10 s ahead: 40 MB.
-HASHED_BYTES = 2**20  # A file is hashed in pieces of this size.
-STRAIGHT = str.maketrans("‘’", "''")  # what a phone types for an apostrophe
+EMBED_SEGMENTS = 16  # embedded at a time, from several files together
+QUEUED_BLOCKS = 64  # decoded blocks of 10 s that wait to be embedded at most: 40 MB
+HASHED_BYTES = 2**20  # read at a time, while a file is hashed
+STRAIGHT = str.maketrans("‘’", "''")  # Phones type curly apostrophes.
 
 
 class Match(NamedTuple):
-    """A file that matches, and the seconds where its best segment starts and ends."""
+    """A file that matches a query, and where its best segment lies."""
 
     path: Path
     score: float  # cosine with the query
     above: float  # the share of the searched files that score lower
-    start: int
-    end: float
+    start: int  # s, of the best segment
+    end: float  # s
     seconds: float  # the length of the whole file
 
     def where(self) -> str:
@@ -77,18 +77,18 @@ class File(NamedTuple):
 
 
 class Sound(NamedTuple):
-    """What is known of a content, whatever files hold it."""
+    """What is known about the content of a file, or of several equal ones."""
 
     seconds: float
-    segment_count: int  # 0 where it cannot be read
-    fault: str  # why it cannot be read, or not whole
+    segment_count: int  # 0 if it cannot be read
+    fault: str  # why it cannot be read, or not whole; else ""
 
 
 class Reading(NamedTuple):
-    """How the reading of a file ended."""
+    """The result of reading a file."""
 
-    file: File | None  # None where the file cannot be read now
-    sound: Sound | None  # None where its content is known already
+    file: File | None  # None if the file cannot be read now
+    sound: Sound | None  # None if its content is known already
     fault: str = ""  # why it cannot be read now
 
 
@@ -97,13 +97,14 @@ class Reading(NamedTuple):
 class SoundIndex:
     """Embedded sound files, and exact search in them.
 
-    Each segment is stored scaled by one over its file's norm, so that a file's score is the sum of
-    its segments' products with the query.
+    A file's embedding is the sum of its segments' vectors, divided by the norm of that sum. Each
+    vector is stored divided by that norm, so that a file's score is the sum of its segments'
+    products with the query.
 
     Attributes:
         root: the folder that names are relative to.
         names: (N,) of the files that are searched.
-        owner: (S,) int64, the position in names of each segment's file.
+        owner: (S,) int64, the index in names of each segment's file.
         faults: {name: why the file cannot be read, or not whole}.
         missing: names of files below root that are embedded, but not there now.
         skipped: how many "files of other kinds" and "folders that may not be entered" were passed
@@ -114,13 +115,13 @@ class SoundIndex:
         self, model: DualEncoder, root: Path, sounds: dict[str, Sound], parts: Sequence[Tensor],
         rows: Tensor,
     ):
-        """Put the index of some files together.
+        """Put the index of some files together; build() makes one from a folder.
 
         Args:
             sounds: {name: Sound}, each of at least one segment.
             parts: matrices (S_p, D) of scaled segments.
-            rows: (S,) int64, each segment's row in all parts one after the other; the segments are
-                those of the first file, then those of the second, and so on.
+            rows: (S,) int64, the row of each segment, counted through all parts; first those of the
+                first file, then those of the second, and so on.
         """
         self.model = model
         self.root = root
@@ -131,7 +132,7 @@ class SoundIndex:
         self.skipped: collections.Counter[str] = collections.Counter()
         counts = [sound.segment_count for sound in sounds.values()]
         self.owner = np.repeat(np.arange(len(counts)), counts)
-        self._ends = np.cumsum([0, *counts])  # file i has the segments from _ends[i] on
+        self._ends = np.cumsum([0, *counts])  # File i has the segments _ends[i] : _ends[i + 1].
         self._parts = parts
         self._rows = rows
 
@@ -142,9 +143,13 @@ class SoundIndex:
     ) -> "SoundIndex":
         """Embed a folder of sounds, or a list of sound files.
 
-        What the index in index_folder holds already is not embedded again, and what is new is kept
-        there. With prune, what is not there now is dropped from it. An InputError is raised where
-        no sound can be read, or the index cannot be written.
+        Args:
+            index_folder: where embeddings are kept, so that only new and changed files are embedded
+                next time; None keeps none.
+            prune: drop the embeddings of files that are not there now.
+
+        Raises:
+            InputError: no sound can be read, or the index cannot be written.
         """
         is_folder = isinstance(sounds, str | os.PathLike)
         root = Path(os.path.abspath(sounds if is_folder else os.sep))
@@ -153,7 +158,7 @@ class SoundIndex:
             paths = decoding.sounds_below(root, skipped)
         else:
             paths = map(os.path.abspath, sounds)
-        # The stored index knows files by their real folder, however it is reached.
+        # The stored index knows files by their real folder, whatever links lead to it.
         root_prefix = os.path.join(root, "")
         prefix = os.path.join(os.path.realpath(root), "")
         paths = [prefix + os.fspath(path).removeprefix(root_prefix) for path in paths]
@@ -167,7 +172,7 @@ class SoundIndex:
             stored.check_writable()
             faults |= embed_changed(model, stored, changed)
 
-        # 3. What is not there now was moved, or it is kept until it is back.
+        # 3. Forget what was moved; what else is missing is kept until it is back, unless pruned.
         stored.forget(stored.moved())
         missing = []
         if is_folder:
@@ -176,10 +181,10 @@ class SoundIndex:
             stored.forget(missing)
         stored.tidy(prune)
 
-        # 4. Put the index of what is there together.
+        # 4. Make an index of the files that are there.
         searched = []
         for path in there:
-            if path not in stored.files:  # It is new, and cannot be read now.
+            if path not in stored.files:  # New, but cannot be read now.
                 continue
             sound = stored.sound_of(path)
             if sound.fault:
@@ -202,14 +207,15 @@ class SoundIndex:
         return index
 
     def search(self, sentence: str, k: int = 10, by: str = "file") -> list[Match]:
-        """Return the k files that match a sentence best, best first; ties in the order of names.
+        """Return the k files that match a sentence best, best first, and ties in order of names.
 
-        A file's score is that of its embedding, or by "segment" that of its best segment.
+        Args:
+            by: "file" scores a file by its embedding, "segment" by that of its best segment.
         """
         return self.nearest(self.model.embed_text(in_words(sentence))[0], k, by)
 
     def search_like(self, path: decoding.AnyPath, k: int = 10, by: str = "file") -> list[Match]:
-        """Return the k files that sound most like one, which need not be of the index."""
+        """Return the k files that sound most like one, which need not be in the index."""
         vectors, reading = embed_file(self.model, path)
         if len(vectors) == 0:
             raise InputError(f"{path}: {reading.sound.fault if reading.sound else reading.fault}")
@@ -222,17 +228,17 @@ class SoundIndex:
         products = self._products(query)  # (S,)
         cosines = products / self._norms  # (S,)
         if by == "file":
-            scores = self._of_files(np.add, products)  # (N,)
+            scores = self._reduce_to_files(np.add, products)  # (N,)
         else:
-            scores = self._of_files(np.maximum, cosines)
+            scores = self._reduce_to_files(np.maximum, cosines)
 
-        # topk takes any of several equal scores: take all of them, then the first by name.
+        # topk alone would take any of several equal scores; here the first by name are taken.
         least = scores.topk(min(k, len(scores))).values[-1]
-        reached = (scores >= least).nonzero().flatten()
-        order = scores[reached].argsort(descending=True, stable=True)[:k]
+        candidates = (scores >= least).nonzero().flatten()
+        order = scores[candidates].argsort(descending=True, stable=True)[:k]
 
         matches = []
-        for i in reached[order].tolist():
+        for i in candidates[order].tolist():
             above = (scores < scores[i]).double().mean().item()
             best = int(cosines[self._ends[i] : self._ends[i + 1]].argmax())
             start = best * audio.SEGMENT_SECONDS
@@ -242,11 +248,11 @@ class SoundIndex:
         return matches
 
     def scores(self, query: Tensor) -> Tensor:
-        """(D,) of unit norm -> (N,), the cosine of the query and each whole file."""
-        return self._of_files(np.add, self._products(query))
+        """Return the cosine of a query with each file: (D,) of unit norm -> (N,)."""
+        return self._reduce_to_files(np.add, self._products(query))
 
     def vectors(self) -> Tensor:
-        """Return a copy of all segments, (S, D) of unit norm, for other search libraries."""
+        """Copy all segments' vectors, for other search libraries: (S, D) of unit norm."""
         return take_rows(self._parts, self._rows) / self._norms[:, None]
 
     def _products(self, query: Tensor) -> Tensor:
@@ -255,17 +261,17 @@ class SoundIndex:
 
     @functools.cached_property
     def _norms(self) -> Tensor:
-        """(S,), by which a scaled segment's product is divided to be its cosine."""
+        """Return the norm of each scaled segment, which makes its product a cosine: (S,)."""
         norms = torch.cat([part.norm(dim=1) for part in self._parts])
         return norms[self._rows]
 
-    def _of_files(self, reduce: np.ufunc, values: Tensor) -> Tensor:
-        """(S,) -> (N,): the values of each file's segments reduced to one."""
+    def _reduce_to_files(self, reduce: np.ufunc, values: Tensor) -> Tensor:
+        """Reduce the values of each file's segments to one: (S,) -> (N,)."""
         return torch.from_numpy(reduce.reduceat(values.numpy(), self._ends[:-1]))
 
 
 def take_rows(parts: Sequence[Tensor], rows: Tensor) -> Tensor:
-    """Matrices (S_p, D), and (S,) of their rows one after the other -> a copy of those, (S, D)."""
+    """Copy rows (S,) out of matrices (S_p, D), through all of which they are counted: (S, D)."""
     taken = torch.empty(len(rows), parts[0].shape[1])
     first = 0
     for part in parts:
@@ -276,7 +282,7 @@ def take_rows(parts: Sequence[Tensor], rows: Tensor) -> Tensor:
 
 
 def in_words(sentence: str) -> str:
-    """Return the sentence as it is embedded; an InputError where it holds no word."""
+    """Return a sentence as it is embedded; an InputError if it holds no word."""
     if not any(c.isalnum() for c in sentence):
         raise InputError(f"{sentence.strip()!r}: no word is left to search for")
     return sentence.strip().translate(STRAIGHT).encode(errors="replace").decode()
@@ -285,23 +291,23 @@ def in_words(sentence: str) -> str:
 # --- The index on disk: a folder of parts for each model ---
 
 class StoredIndex:
-    """What one model has embedded, on disk in a folder of parts, or without a folder in memory.
+    """What one model has embedded, on disk in a folder of parts, or in memory if without folder.
 
-    A part holds what was new at a save: files, the contents of files, and the segments of those. A
-    content that several files hold is stored once. The parts are read in the order of their names;
-    where two tell of one file, the later counts. So two searches at once need no lock: each writes
-    parts of its own, and at worst both embed the same.
+    A part holds what was new at a save: files, their contents (Sound), and the scaled segments of
+    those. A content that several files have is stored once. Parts are read in the order of their
+    names; if two tell of one file, the later counts. So two searches at once need no lock: each
+    writes its own parts, and at worst both embed the same sounds.
 
     Attributes:
         files: {path: File}, also files that are not there now.
         sounds: {digest: Sound}, at least those of all files.
         parts: matrices (S_p, D) of scaled segments, memory-mapped.
-        first_row: {digest: the first of its rows, counted through all parts}.
+        first_row: {digest: the row of its first segment, counted through all parts}.
     """
 
     def __init__(self, index_folder: decoding.AnyPath | None, model: DualEncoder):
         self.folder = None
-        self._arrived: set[str] = set()  # digests of the files that were added by this run
+        self._arrived: set[str] = set()  # digests of the files that this run added
         self._no_segments = torch.zeros(0, model.config.embedding)
         self._start_empty()
         self._start_next_part()
@@ -327,17 +333,17 @@ class StoredIndex:
         self._new_segments: list[Tensor] = []
 
     def _read(self) -> None:
-        """Read all parts; one that is damaged is passed over with a line."""
+        """Read all parts; a damaged one is passed over, and reported in a line."""
         for part_file in sorted(self.folder.glob("*.part")):
             try:
                 files, sounds, segments = read_part(part_file)
             except FileNotFoundError:
-                # Another search has just merged it into a part that is there: begin again.
+                # Another search has just merged it into another part, so reading begins again.
                 self._start_empty()
                 return self._read()
             except PermissionError:
                 raise
-            except Exception:  # torch.load and json raise whatever their parsers meet.
+            except Exception:  # torch.load and json pass on whatever their parsers raise.
                 tell(f"{part_file}: is damaged and can be removed; its sounds are embedded again")
                 continue
             for path, file in files.items():
@@ -349,12 +355,12 @@ class StoredIndex:
             self._place(sounds)
             self.parts.append(segments)
             self._part_files.append(part_file)
-        # The content of a file may have been in a part that is damaged.
+        # A file is embedded again if its content was in a damaged part.
         for path in [path for path, file in self.files.items() if file.digest not in self.sounds]:
             del self.files[path]
 
     def _place(self, sounds: dict[str, Sound]) -> None:
-        """Note the rows of sounds that come next."""
+        """Give sounds the next rows, in their order."""
         for digest, sound in sounds.items():
             self.sounds[digest] = sound
             self.first_row[digest] = self._row_count
@@ -364,7 +370,7 @@ class StoredIndex:
         return self.sounds[self.files[path].digest]
 
     def rows_of(self, digests: Sequence[str]) -> Tensor:
-        """Return the rows of the segments of sounds, (S,) int64, counted through all parts."""
+        """Return the rows of all segments of sounds, counted through all parts: (S,) int64."""
         counts = np.array([self.sounds[digest].segment_count for digest in digests], np.int64)
         first_rows = np.array([self.first_row[digest] for digest in digests], np.int64)
         # A segment's row is its sound's first one, plus its number within the sound.
@@ -373,11 +379,11 @@ class StoredIndex:
         return torch.from_numpy(np.repeat(first_rows, counts) + within)
 
     def compare(self, paths: Iterable[str]) -> tuple[list[str], list[str], dict[str, str]]:
-        """Look at files by size and time.
+        """Compare files with the stored ones, by size and time.
 
         Returns:
             The paths that are there; those of them that are new or have changed; {path: fault} of
-            new ones that are no file.
+            paths that are no file, and of new ones that cannot be read.
         """
         there = []
         changed = []
@@ -399,7 +405,7 @@ class StoredIndex:
         return there, changed, faults
 
     def check_writable(self) -> None:
-        """Raise an InputError where the index cannot be written."""
+        """Raise an InputError if the index cannot be written."""
         if self.folder is None:
             return
         try:
@@ -411,13 +417,13 @@ class StoredIndex:
                              f"({error.strerror}); name a folder for it: --index FOLDER") from error
 
     def add(self, path: str, reading: Reading, segments: Tensor) -> None:
-        """Take a file that was read, and its scaled segments (s, D) where its content is new."""
+        """Add a file that was read, and its scaled segments (s, D) if its content is new."""
         self.files[path] = reading.file
         self._new_files[path] = reading.file
         self._arrived.add(reading.file.digest)
         if reading.sound is not None:
             digest = reading.file.digest
-            # Where several files of one content were read at once, the first counts.
+            # Several files of the same content may have been read at once; the first counts.
             if digest not in self._new_sounds:
                 self._new_sounds[digest] = reading.sound
                 self._new_segments.append(segments)
@@ -429,7 +435,7 @@ class StoredIndex:
             self._new_files[path] = None
 
     def moved(self) -> list[str]:
-        """List the files that are gone while their content has come under a new name."""
+        """List the files that are gone, but whose content was added under a new name."""
         return [
             path for path, file in self.files.items()
             if file.digest in self._arrived and not os.path.exists(path)
@@ -448,18 +454,18 @@ class StoredIndex:
         self._start_next_part()
 
     def tidy(self, prune: bool) -> None:
-        """Save; where the parts are many, or something is to be dropped from them, merge them."""
+        """Save, and merge the parts if they are many or something is to be dropped from them."""
         is_something_forgotten = None in self._new_files.values()
         self.save()
         if len(self._part_files) > MAX_PARTS or (prune and is_something_forgotten):
             self.merge()
 
     def merge(self) -> None:
-        """Write one part in place of all; what belongs to no file any more is left out."""
+        """Replace all parts by one, without what no longer belongs to any file."""
         old_part_files = self._part_files.copy()
         digests = list(dict.fromkeys(file.digest for file in self.files.values()))
         segments = take_rows([self._no_segments, *self.parts], self.rows_of(digests))
-        # The new part comes first: whenever this is ended, nothing is lost.
+        # The old parts go only when the new one is written, so an interruption loses nothing.
         self._write(self.files, {digest: self.sounds[digest] for digest in digests}, segments)
         for part_file in old_part_files:
             part_file.unlink(missing_ok=True)
@@ -470,10 +476,10 @@ class StoredIndex:
         if self.folder is None:
             return
         newest = int(self._part_files[-1].name.partition("-")[0]) if self._part_files else 0
-        # Later than the newest, also where the clock was put back.
+        # The new part must come last, even if the clock was put back.
         number = max(time.time_ns(), newest + 1)
         part_file = self.folder / f"{number:020}-{os.getpid()}.part"
-        # Relative to the index: it and the sounds may be moved together.
+        # Paths are relative to the index, so that it and the sounds may be moved together.
         relative = {os.path.relpath(path, self.folder): file for path, file in files.items()}
         header = json.dumps({"files": relative, "sounds": sounds})
         save_atomically([header, segments], part_file)
@@ -481,7 +487,7 @@ class StoredIndex:
 
 
 def read_part(part_file: Path) -> tuple[dict[str, File | None], dict[str, Sound], Tensor]:
-    """Read {path: File}, {digest: Sound} and the segments of those sounds (S, D), memory-mapped.
+    """Read a part, memory-mapped: {path: File}, {digest: Sound}, these sounds' segments (S_p, D).
 
     None in place of a File says that the file is to be forgotten.
     """
@@ -495,7 +501,7 @@ def read_part(part_file: Path) -> tuple[dict[str, File | None], dict[str, Sound]
 
 
 def digest_of_model(model: DualEncoder) -> str:
-    """Return what tells models apart: a digest of some thousand values of each weight tensor."""
+    """Return a digest of a model: of about a thousand values of each of its weight tensors."""
     values = []
     for weights in model.state_dict().values():
         weights = weights.flatten()
@@ -516,13 +522,17 @@ def tell(line: str) -> None:
 # --- Files -> blocks -> segments ---
 
 def embed_changed(model: DualEncoder, stored: StoredIndex, paths: Sequence[str]) -> dict[str, str]:
-    """Embed files into the index, which is saved every minute; {path: why it cannot be read now}.
+    """Embed files into the index, and save it every minute.
 
-    Threads read ahead: they hash and decode, while the model embeds segments of several files.
+    Threads hash and decode the next files while the model embeds.
+
+    Returns:
+        {path: why it cannot be read now}, for the files of which this is so.
     """
     faults = {}
     save_at = time.monotonic() + SAVE_SECONDS
-    no_bar = True if stored.folder is None else None  # None: only where a terminal shows it.
+    # None leaves it to tqdm, which shows no bar where there is no terminal.
+    no_bar = True if stored.folder is None else None
     bar = tqdm(total=len(paths), desc="embedding", unit="file", disable=no_bar)
     stopping = threading.Event()
     readers = (read_file(path, stored.sounds, stopping) for path in paths)
@@ -543,9 +553,9 @@ def embed_changed(model: DualEncoder, stored: StoredIndex, paths: Sequence[str])
 
 
 def embed_file(model: DualEncoder, path: decoding.AnyPath) -> tuple[Tensor, Reading]:
-    """Embed one file, however long: its scaled segments (s, D), none where it cannot be read."""
+    """Embed one file, however long: its scaled segments (s, D), none if it cannot be read."""
     pieces = read_file(os.fspath(path), known=(), stopping=threading.Event())
-    (_, reading, segments), = embed(model, pieces)
+    _, reading, segments = next(embed(model, pieces))
     return segments, reading
 
 
@@ -554,7 +564,8 @@ def read_file(
 ) -> Iterator[tuple[str, np.ndarray | Reading]]:
     """Read one file: yield its path with each of its blocks, (n,) int16, and then with a Reading.
 
-    Where its content is among the known digests, there are no blocks. No error is raised.
+    There are no blocks if its content is among the known digests. Instead of an error that is
+    raised, the Reading tells a fault.
     """
     faults = []
     samples = 0
@@ -580,7 +591,7 @@ def read_file(
         return
     except InputError as error:
         fault = str(error).removeprefix(printable(f"{path}: "))
-        if isinstance(error.__cause__, OSError):  # The disk or the network, not the content.
+        if isinstance(error.__cause__, OSError):  # The disk or the network failed.
             yield path, Reading(None, None, fault)
             return
         sound = Sound(0.0, 0, fault)
@@ -588,12 +599,13 @@ def read_file(
 
 
 def digest_of_file(path: str, stopping: threading.Event) -> str:
-    """Return a digest of a file's bytes; an InterruptedError where it is to stop."""
+    """Return a digest of a file's bytes; an InterruptedError once `stopping` is set."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(HASHED_BYTES):
             digest.update(chunk)
-            if stopping.is_set():  # A file may be large, and a network slow.
+            # This is asked often, since a file may be large and a network slow.
+            if stopping.is_set():
                 raise InterruptedError
     return digest.hexdigest()[:32]
 
@@ -601,9 +613,9 @@ def digest_of_file(path: str, stopping: threading.Event) -> str:
 def embed(
     model: DualEncoder, pieces: Iterator[tuple[str, np.ndarray | Reading]]
 ) -> Iterator[tuple[str, Reading, Tensor]]:
-    """Embed the blocks of files, some blocks at a time, whichever files they belong to.
+    """Embed the blocks of files, EMBED_SEGMENTS at a time, whichever files they belong to.
 
-    Yields a file's path, its Reading and its scaled segments (s, D) when all of them are embedded.
+    Yields each file's path, its Reading and its scaled segments (s, D) once these are complete.
     """
     vectors = collections.defaultdict(list)  # {path: (D,) of its segments so far}
     blocks = []
@@ -624,13 +636,14 @@ def embed(
             read_to_end.append((path, piece))
         else:
             blocks.append((path, piece))
+        # A file whose content is known has no blocks, and need not wait if no other's do.
         if len(blocks) == EMBED_SEGMENTS or not blocks:
             yield from embed_blocks()
     yield from embed_blocks()
 
 
 def project(model: DualEncoder, segments: Tensor) -> Tensor:
-    """(S, 320000) -> (S, D) on the CPU, without gradients; the model keeps its mode."""
+    """Project segments in evaluation mode, without gradients: (S, 320000) -> (S, D) on the CPU."""
     was_training = model.training
     model.eval()
     try:
@@ -641,7 +654,7 @@ def project(model: DualEncoder, segments: Tensor) -> Tensor:
 
 
 def scaled(vectors: Sequence[Tensor], reading: Reading, width: int) -> Tensor:
-    """Segments of a file, (D,) each -> (s, D) that add up to its embedding, of unit norm."""
+    """Scale a file's segments, (D,) each, so that their sum has unit norm: (s, D)."""
     if reading.sound is None or reading.sound.segment_count == 0:
         return torch.zeros(0, width)
     segments = torch.stack(vectors)
@@ -649,9 +662,9 @@ def scaled(vectors: Sequence[Tensor], reading: Reading, width: int) -> Tensor:
 
 
 class ThreadEnd(NamedTuple):
-    """The last item of a thread."""
+    """The last item that a thread puts into the queue."""
 
-    error: BaseException | None  # what ended the thread, unless nothing was left to do
+    error: BaseException | None  # that ended the thread; None if nothing was left to do
 
 
 def in_threads(
@@ -659,8 +672,8 @@ def in_threads(
 ) -> Iterator:
     """Run iterators in threads, one for each core, and yield their items as they come.
 
-    Items of one iterator stay in their order, and at most `capacity` wait. Where the consumer
-    closes this generator, after an error or Ctrl-C, `stopping` is set and the threads are ended.
+    Items of one iterator stay in their order, and at most `capacity` items wait in all. When the
+    consumer closes this generator, after an error or Ctrl-C, `stopping` is set and the threads end.
     """
     waiting = iter(iterators)
     lock = threading.Lock()
@@ -696,7 +709,8 @@ def in_threads(
                 raise item.error
     finally:
         stopping.set()
-        while running > 0:  # A thread that cannot put what it has would wait for ever.
+        # The queue is emptied, since a thread that cannot put its item would wait for ever.
+        while running > 0:
             if isinstance(items.get(), ThreadEnd):
                 running -= 1
 
@@ -706,14 +720,15 @@ def in_threads(
 def write_submission(path: Path, queries: Sequence[str], index: SoundIndex) -> None:
     """Write DCASE's csv: a row per distinct query, a column per file, in each cell their cosine.
 
-    A file that cannot be read, or not whole, is an InputError, and nothing is written.
+    Raises:
+        InputError: a file cannot be read, or not whole; nothing is written then.
     """
     if index.faults:
         faults = [f"{name}: {fault}" for name, fault in index.faults.items()]
         raise InputError.of(f"{index.root}: no submission without these files", faults)
     queries = list(dict.fromkeys(queries))
     embeddings = index.model.embed_text([in_words(query) for query in queries])  # (Q, D)
-    # A file's name may hold bytes that are not UTF-8: they are written as escapes.
+    # A file's name may hold bytes that are not UTF-8, which are written as escapes.
     text = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
     with replacing(path) as temporary, open(temporary, "w", **text) as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -771,7 +786,7 @@ def parse_arguments():
             hint = "; a sentence that begins with a dash goes after --"
         raise InputError(f"{error}{hint}") from error
 
-    # What cannot be is said before the model is loaded and the folder embedded.
+    # Input is checked before the model is loaded and the folder embedded, which take long.
     if args.sentence is not None:
         args.sentence = in_words(args.sentence)
     if args.like:
@@ -787,7 +802,7 @@ def parse_arguments():
 
 
 def queries_of(table: Path) -> list[str]:
-    """Read the queries of a submission; one without a word is an InputError."""
+    """Read the queries of a submission; an InputError if one holds no word."""
     queries = [row["caption"] for row in read_csv(table, ["caption"])]
     for query in queries:
         try:
@@ -798,8 +813,8 @@ def queries_of(table: Path) -> list[str]:
 
 
 def typed_sentences() -> Iterator[str]:
-    """Yield the lines of standard input; where a person types, with a prompt and a history."""
-    sys.stdin.reconfigure(errors="replace")  # Bytes that are not UTF-8 are no word.
+    """Yield the lines of standard input, with a prompt and a history if a person types them."""
+    sys.stdin.reconfigure(errors="replace")  # Bytes that are not UTF-8 should not end it.
     prompt = ""
     if sys.stdin.isatty():
         print("Type a sentence, then another; Ctrl-D ends it.", file=sys.stderr)
@@ -827,19 +842,28 @@ def show(query: str, matches: list[Match], root: Path, as_json: bool) -> None:
 
 
 def missing_by_folder(index: SoundIndex) -> dict[str, int]:
-    """What is not there now: {a folder of which nothing is there, or a file: how many files}."""
-    there = set()
+    """Count the files that are not there now, by the topmost folder of which nothing is there.
+
+    Returns:
+        {folder, or the file itself if all of its folders are there: number of missing files}.
+    """
+    folders_there = set()
     for name in [*index.names, *index.faults]:
-        there.update(map(str, Path(name).parents))
+        folders_there.update(map(str, Path(name).parents))
     missing = collections.Counter()
     for name in index.missing:
-        gone = [folder for folder in map(str, Path(name).parents) if folder not in there]
-        missing[gone[-1] + os.sep if gone else name] += 1  # the topmost
+        folders_gone = [
+            folder for folder in map(str, Path(name).parents) if folder not in folders_there
+        ]
+        if folders_gone:
+            missing[folders_gone[-1] + os.sep] += 1  # The last one is the topmost.
+        else:
+            missing[name] += 1
     return missing
 
 
 def describe(index: SoundIndex, folder: Path, pruned: bool) -> str:
-    """Return in one line what is searched, and what is not."""
+    """Return a line that says what is searched, and what is not."""
     facts = [counted(len(index.names), "file")]
     if index.faults:
         facts.append(f"{len(index.faults):,} could not be read, or not to the end (--list-faults)")
@@ -863,7 +887,7 @@ def main() -> None:
     args = parse_arguments()
     server = None
     if args.serve:
-        server = page.search_server(args.port)  # Before all that takes long.
+        server = page.search_server(args.port)  # Before the long work, since the port may be taken.
 
     # --- The model ---
     device = choose_device(args.device)
