@@ -36,20 +36,24 @@ start() {
     local name=$1
     shift
     set -- "$@" --data-dir "$DATA" --out "$RUNS/$name"
-    echo "$ python $*"
     if [ "$PRESET" = tiny ]; then
+        echo "$ python $* > $RUNS/$name.txt"
         # In a session of its own a run is sent SIGTERM only; Ctrl-C as well would end it unsaved.
         OMP_NUM_THREADS=$((($(nproc) + 1) / 2)) setsid "$PYTHON" "$@" &> "$RUNS/$name.txt" &
         logs+=("$RUNS/$name.txt")
     else
+        echo "$ python $*"
         "$PYTHON" "$@"
     fi
 }
 
-# Wait for the runs that were started; where one fails, show the ends of their logs and exit.
+# Wait for the runs that were started and show how they ended; where one fails, exit.
 finish() {
-    for _ in $(jobs -p); do
+    for _ in "${logs[@]}"; do
         wait -n || { tail -v -n 20 "${logs[@]}"; exit 1; }
+    done
+    for log in "${logs[@]}"; do
+        tail -n 2 "$log"
     done
     logs=()
 }

@@ -451,6 +451,18 @@ def test_the_demo_evaluates_a_teacher_and_the_student_of_each_row_and_seed(tmp_p
     ]
 
 
+def test_the_demo_shows_how_each_run_ended(tmp_path):
+    stand_in(tmp_path, 'echo progress; echo "Done: ${*##*/}"; echo Next')
+    done = run_demo(tmp_path)
+    for run in ("clotho-teacher0", "clotho-audiocaps-teacher1", "clotho-student0"):
+        assert f"\nDone: {run}\nNext\n" in done.stdout
+
+
+def test_a_run_that_fails_at_once_is_noticed(tmp_path):
+    stand_in(tmp_path, "case $* in *-teacher0) exit 2;; esac")
+    assert run_demo(tmp_path).returncode == 1
+
+
 def test_with_the_reports_settings_the_demo_trains_in_the_foreground(tmp_path):
     stand_in(tmp_path, 'echo "$*"')
     done = run_demo(tmp_path, PRESET="report", DATA="data")
