@@ -40,7 +40,7 @@ from dualenc.text import tokenize
 
 PARTS = ("train", "val", "test")
 HELD_OUT_SHARE = 0.1  # the share of a folder's clips that is not trained on, but validates
-MIN_HELD_OUT = 10  # clips that are held out at least, where a folder has twenty or more
+MIN_HELD_OUT = 10  # the fewest clips that are held out of a folder of twenty or more
 
 
 # --- A split: clips and their captions ---
@@ -81,9 +81,9 @@ class Split:
 
     @property
     def identity(self) -> str:
-        """Describe the split for a run's settings: a resumed run must have the same.
+        """Describe the split for a run's settings, which must be the same when a run is resumed.
 
-        Neither the name of its folder nor the paths of its sounds matter.
+        A folder may be renamed or moved in between: its name and its sounds' paths are not told.
         """
         dataset, part = parse_split_name(self.name)
         digest = short_digest([[clip.name, clip.captions] for clip in self.clips])
@@ -100,12 +100,11 @@ class Split:
 
 
 def parse_split_name(name: str) -> tuple[str, str]:
-    """Split a name such as "clotho/development" into the data set and its part.
+    """Return the data set and the part that a split's name tells.
 
-    "clotho/development" -> ("clotho", "development"); "audiocaps/train" -> ("audiocaps", "train");
-    "my_sounds@1a2b3c4d/val" -> ("1a2b3c4d", "val"), a folder of the user's, whose parts are
-    "train", "val" and "all". It is known by the digest of its captions.csv, since it may be renamed
-    or moved.
+    "clotho/development" -> ("clotho", "development"); "audiocaps/train" -> ("audiocaps", "train").
+    A user's folder has the parts "train", "val" and "all". It is known by the digest of its
+    captions.csv, since it may be renamed or moved: "my_sounds@1a2b3c4d/val" -> ("1a2b3c4d", "val").
     """
     dataset, _, part = name.rpartition("@")[2].partition("/")
     return dataset, part
@@ -138,7 +137,7 @@ def read_split(dataset: str, part: str, data_dir: Path) -> Split:
 # --- What lies where ---
 
 class Layout(NamedTuple):
-    """Where a split's csv file and the folder of its sounds lie."""
+    """The places of a split's csv file and of the folder of its sounds."""
 
     table: Path
     sounds: Path
@@ -170,7 +169,7 @@ LAYOUTS = {
 
 
 def possible_layouts(dataset: str, part: str, data_dir: Path) -> list[Layout]:
-    """Return all places where a split of Clotho or AudioCaps may lie."""
+    """List all layouts in which a split of Clotho or AudioCaps may lie below a folder."""
     layouts = []
     for root in ROOTS[dataset]:
         for patterns in LAYOUTS[dataset]:
@@ -411,9 +410,10 @@ def read_folder(folder: Path, part: str) -> Split:
 def names_held_out(names: list[str]) -> set[str]:
     """Choose a tenth of a folder's clips, but at least ten, or half of fewer than twenty.
 
-    It is drawn among all names in the csv, so that a sound that goes missing from the disk changes
-    nothing for the others. The draw depends on the order of the csv's rows, which the digest in the
-    split's name ignores: sorting the rows holds out other clips under the same name.
+    They are drawn among all names in the csv, so that a sound that goes missing from the disk
+    changes nothing for the others. The draw depends on the order of the csv's rows, which the
+    digest in the split's name ignores: with rows in another order, other clips are held out under
+    the same name.
     """
     count = round(HELD_OUT_SHARE * len(names))
     count = max(count, min(MIN_HELD_OUT, len(names) // 2))

@@ -213,7 +213,7 @@ class Voice(NamedTuple):
 # --- Manners, and the words for everything ----------------------------------------------------
 
 class Manner(NamedTuple):
-    """How a sound is made: words for it, and ranges to draw from.
+    """A way in which a sound is made: words for it, and ranges to draw from.
 
     The ranges of different manners lie apart, so that an adverb is either true or false.
     """
@@ -350,7 +350,7 @@ class Sound(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """What is heard in a clip, or what a caption tells of it."""
+    """The sounds of a clip, or those that a caption tells of."""
 
     front: tuple[Sound, ...]  # one to three, one after another
     bed: Sound | None  # lasts under all of them
@@ -457,7 +457,7 @@ def synthesise(sound: Sound, samples: int, rng: np.random.Generator) -> np.ndarr
 # --- Scene -> captions ------------------------------------------------------------------------
 
 class DataSet(NamedTuple):
-    """Where the files of a data set lie, how long its clips are, and how its captions are worded.
+    """The places of a data set's files, the lengths of its clips, the wording of its captions.
 
     In the patterns of captions, each {} stands for a sound at the front; in with_bed, {front} is
     what these make, {bed_clause} such as "rain falls", {bed_participle} such as "rain falling".

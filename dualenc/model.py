@@ -88,10 +88,10 @@ PRESETS = {
 class DualEncoder(nn.Module):
     """Sounds and sentences in one space, where their cosine says how well they match.
 
-    encode_audio, encode_text and encode_pairs take tensors of a batch, and keep gradients if they
-    are enabled: the training's way. embed_audio and embed_text take sounds and sentences as users
-    have them, without gradients, and return float32 on the CPU. project_segments stops before the
-    mean over a clip's segments, which the search does later.
+    encode_audio, encode_text and encode_pairs are for training: they take tensors of a batch, and
+    gradients flow through them. embed_audio and embed_text are for users: they take sounds and
+    sentences, and return float32 on the CPU. project_segments leaves out the mean over a clip's
+    segments, since the search keeps single segments.
     """
 
     def __init__(self, config: DualEncoderConfig, tokenizer: Tokenizer):
@@ -213,7 +213,7 @@ class DualEncoder(nn.Module):
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
         """Switch dropout, patchout and the mel filters' jitter off within the block."""
-        # Each module gets its mode back, since some may have been in evaluation while others train.
+        # Each module gets its own mode back, since a user may have switched only some to training.
         training_modules = [module for module in self.modules() if module.training]
         self.eval()
         try:

@@ -77,7 +77,7 @@ class File(NamedTuple):
 
 
 class Sound(NamedTuple):
-    """What is known about the content of a file, or of several equal ones."""
+    """The facts about the content of a file, or of several equal ones."""
 
     seconds: float
     segment_count: int  # 0 if it cannot be read
@@ -271,7 +271,7 @@ class SoundIndex:
 
 
 def take_rows(parts: Sequence[Tensor], rows: Tensor) -> Tensor:
-    """Copy rows (S,) out of matrices (S_p, D), through all of which they are counted: (S, D)."""
+    """Copy rows (S,), counted through all parts, out of these matrices (S_p, D): (S, D)."""
     taken = torch.empty(len(rows), parts[0].shape[1])
     first = 0
     for part in parts:
@@ -291,7 +291,7 @@ def in_words(sentence: str) -> str:
 # --- The index on disk: a folder of parts for each model ---
 
 class StoredIndex:
-    """What one model has embedded, on disk in a folder of parts, or in memory if without folder.
+    """The embeddings of one model, on disk in a folder of parts, or only in memory without folder.
 
     A part holds what was new at a save: files, their contents (Sound), and the scaled segments of
     those. A content that several files have is stored once. Parts are read in the order of their

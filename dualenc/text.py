@@ -35,9 +35,9 @@ def normalise(caption: str) -> str:
 
 
 def tokenize(tokenizer: Tokenizer, captions: Sequence[str]) -> Tensor:
-    """Turn captions into tokens (Q, L) int64, padded with 1 to the longest.
+    """Turn captions into tokens (Q, L) int64, padded with 1 to the longest of them.
 
-    Padding to 32 would give the same embeddings.
+    The report pads to 32 tokens, which would give the same embeddings.
     """
     # Captions are encoded one by one, since encode_batch would start threads, and threads do not
     # survive the fork into data workers.
