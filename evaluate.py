@@ -303,9 +303,9 @@ def label_of(stage: str, trained_on: Sequence[str]) -> str:
 def join_embeddings(members: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Return the audio (N, D) and text (Q, D) embeddings of an ensemble, of unit norm.
 
-    `members` are the (audio, text) embeddings of its models, whose widths may differ. Joined side
-    by side, they have the sum of the members' similarities as their product; scaled to unit norm,
-    the mean of them.
+    `members` are the (audio, text) embeddings of its models, whose widths may differ. When they are
+    joined side by side, a product of audio and text is the sum of the members' cosines; scaled to
+    unit norm, it is the mean of them.
     """
     audio = torch.cat([audio for audio, _ in members], dim=1)
     text = torch.cat([text for _, text in members], dim=1)

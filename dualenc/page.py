@@ -177,14 +177,14 @@ def query_groups(evaluation: Evaluation, rank: np.ndarray, sounds: "Sounds") -> 
         "Worst": best_first[::-1][:QUERIES_PER_GROUP],
         "Random": shuffled[:QUERIES_PER_GROUP],
     }
-    n_shown = sum(len(rows) for rows in groups.values())
+    n_shown = sum(len(queries) for queries in groups.values())
     sections = ""
     bar = tqdm(total=n_shown, desc="writing the page", unit="query", leave=False, disable=None)
     with bar:
-        for name, rows in groups.items():
+        for name, queries in groups.items():
             cards = ""
-            for row in rows.tolist():
-                cards += query_card(evaluation, row, int(rank[row]), sounds)
+            for query in queries.tolist():
+                cards += query_card(evaluation, query, int(rank[query]), sounds)
                 bar.update()
             sections += f'<section class="group">\n<h3>{name}</h3>\n{cards}</section>\n'
     return (
@@ -196,17 +196,17 @@ def query_groups(evaluation: Evaluation, rank: np.ndarray, sounds: "Sounds") -> 
     )
 
 
-def query_card(evaluation: Evaluation, row: int, rank: int, sounds: "Sounds") -> str:
-    """Return one query with the first clips of its ranking and, at `rank`, its right clip."""
-    scores = evaluation.audio @ evaluation.text[row]  # (N,)
+def query_card(evaluation: Evaluation, query: int, rank: int, sounds: "Sounds") -> str:
+    """Return one query with the first clips of its ranking and, at its rank, the right clip."""
+    scores = evaluation.audio @ evaluation.text[query]  # (N,)
     ranking = scores.argsort(descending=True, stable=True).tolist()
     shown = list(enumerate(ranking[:CLIPS_PER_QUERY], start=1))
     if rank > CLIPS_PER_QUERY:
-        shown.append((rank, int(evaluation.clip_of_caption[row])))
+        shown.append((rank, int(evaluation.clip_of_caption[query])))
     items = ""
     for clip_rank, clip in shown:
-        items += clip_item(evaluation, row, clip_rank, clip, float(scores[clip]), sounds)
-    caption = escape(evaluation.captions[row])
+        items += clip_item(evaluation, query, clip_rank, clip, float(scores[clip]), sounds)
+    caption = escape(evaluation.captions[query])
     return (
         f'<details class="query"><summary>{caption} <span class="quiet">rank {rank:,}</span>'
         f'</summary>\n<ol class="clips">\n{items}</ol></details>\n'
@@ -214,13 +214,13 @@ def query_card(evaluation: Evaluation, row: int, rank: int, sounds: "Sounds") ->
 
 
 def clip_item(
-    evaluation: Evaluation, row: int, clip_rank: int, clip: int, score: float, sounds: "Sounds"
+    evaluation: Evaluation, query: int, clip_rank: int, clip: int, score: float, sounds: "Sounds"
 ) -> str:
     """Return one clip of a query's ranking: name, player, score, and the clip's first caption."""
     mark = ""
-    if clip == evaluation.clip_of_caption[row]:
+    if clip == evaluation.clip_of_caption[query]:
         mark = RIGHT
-    elif clip in evaluation.annotations.get(row, ()):
+    elif clip in evaluation.annotations.get(query, ()):
         mark = RELEVANT
     attribute = ""
     if mark:

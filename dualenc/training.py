@@ -171,7 +171,7 @@ class Run:
         self.step = 0  # steps finished
         self.best = -1.0  # the highest validation mAP@10 so far
         self.losses: list[dict[str, float]] = []  # the losses of each step of this epoch
-        self.unread_losses: list[dict[str, Tensor]] = []  # those of the newest steps, on the device
+        self.unread_losses: list[dict[str, Tensor]] = []  # the newest, still on the device
         self.clock_start = (0, 0.0)  # (step, seconds) from which steps are timed
 
         settings = json.loads(json.dumps(settings, default=str))
@@ -235,7 +235,7 @@ class Run:
             path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Close the log. Its lock is released when no process has it open.
+        """Close the log. Its lock is released when no process has the log open.
 
         A forked data worker therefore closes its copy, or the folder would stay locked while the
         worker outlives the process that trains.
