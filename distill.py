@@ -133,8 +133,8 @@ def embed_training_set(teacher: DualEncoder, splits: list[Split], label: str) ->
     """
     waveforms = itertools.chain.from_iterable(split.waveforms for split in splits)
     captions = [caption for split in splits for caption in split.captions]
-    clips = sum(len(split.clips) for split in splits)
-    progress = tqdm(waveforms, label, clips, leave=False, disable=None)
+    clip_count = sum(len(split.clips) for split in splits)
+    progress = tqdm(waveforms, label, clip_count, leave=False, disable=None)
     return {"audio": teacher.embed_audio(progress), "text": teacher.embed_text(captions)}
 
 
