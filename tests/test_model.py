@@ -188,6 +188,12 @@ def test_waveforms_of_another_rate_are_resampled(tiny_model):
     assert (resampled @ not_resampled.T).item() < 0.99
 
 
+def test_a_file_tells_its_own_rate(tiny_model, tmp_path):
+    path = write_wav(tmp_path / "a.wav", noise(2))
+    expected = tiny_model.embed_audio(path)
+    assert torch.equal(tiny_model.embed_audio(path, rate=44_100), expected)
+
+
 def test_the_first_30_s_count_at_any_rate(tiny_model):
     for rate in (16_000, 32_000, 44_100):
         sound = noise(31, rate=rate)
