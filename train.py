@@ -361,9 +361,10 @@ def train(args, run: Run, model: DualEncoder, batches: PairBatches, validation, 
             validate(run, model, validation, epoch)
             run.start_clock()
         is_due = args.save_every is not None and steps_of_epoch % args.save_every == 0
-        if epoch_ends or is_due or stop.requested or run.step == last_step:
+        is_stopping = stop.requested
+        if epoch_ends or is_due or is_stopping or run.step == last_step:
             run.save(model, optimizer, scaler)
-        if stop.requested:
+        if is_stopping:
             break
         if epoch_ends and run.step < last_step:
             progress.set_description_str(f"epoch {epoch + 1}/{args.epochs}", refresh=False)
@@ -417,7 +418,7 @@ def validate(
     """Embed the validation split, keep the model if it is the best, log, and draw the curves.
 
     The first process does all this. Every process clears the epoch's losses. After a part of an
-    epoch the model is kept only where there is no best.pt yet.
+    epoch the model is kept only as long as no whole epoch has been validated.
     """
     run.check_finite(model)
     losses = run.mean_losses()
@@ -434,7 +435,7 @@ def validate(
     # On ties the later epoch is kept.
     is_best = map_at_10 >= run.best
     if is_part_of_epoch:
-        is_best = not run.best_path.exists()
+        is_best = run.best < 0
     remark = ""
     if is_best:
         remark = " (best so far)"

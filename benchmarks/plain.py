@@ -25,6 +25,8 @@ from dualenc.model import DualEncoder
 from dualenc.text import MAX_TOKENS, PAD_ID, tokenize
 
 warnings.filterwarnings("ignore", module="hear21passt|torch.functional")
+# Otherwise a GPU would compute the plain recipe's convolutions in TF32, and not in fp32.
+torch.backends.cudnn.allow_tf32 = False
 
 
 class PlainRecipe(nn.Module):

@@ -189,7 +189,7 @@ class DualEncoder(nn.Module):
             sounds = [sounds]
         waveforms = (_waveform(sound, rate) for sound in sounds)
         embeddings = [torch.zeros(0, self.config.embedding)]
-        with self._evaluating():
+        with self.evaluating():
             while clips := list(itertools.islice(waveforms, EMBED_CLIPS)):
                 segments, counts = to_segments(clips)
                 encoded = self.encode_audio(segments.to(self.device), counts.to(self.device))
@@ -203,7 +203,7 @@ class DualEncoder(nn.Module):
         embeddings = torch.zeros(len(captions), self.config.embedding)
         # Captions of similar length are embedded together, so that they need little padding.
         order = sorted(range(len(captions)), key=lambda i: len(captions[i]))
-        with self._evaluating():
+        with self.evaluating():
             for start in range(0, len(order), EMBED_CAPTIONS):
                 rows = order[start : start + EMBED_CAPTIONS]
                 tokens = tokenize(self.tokenizer, [captions[row] for row in rows])
@@ -211,7 +211,7 @@ class DualEncoder(nn.Module):
         return embeddings
 
     @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> Iterator[None]:
         """Switch dropout, patchout and the mel filters' jitter off within the block."""
         # Each module gets its own mode back, since a user may have switched only some to training.
         training_modules = [module for module in self.modules() if module.training]

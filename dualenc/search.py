@@ -457,7 +457,9 @@ class StoredIndex:
         """Save, and merge the parts if they are many or something is to be dropped from them."""
         is_something_forgotten = None in self._new_files.values()
         self.save()
-        if len(self._part_files) > MAX_PARTS or (prune and is_something_forgotten):
+        # A run to which nothing was new merges nothing: it may not be allowed to write.
+        are_many = bool(self._arrived) and len(self._part_files) > MAX_PARTS
+        if are_many or (prune and is_something_forgotten):
             self.merge()
 
     def merge(self) -> None:
@@ -644,13 +646,8 @@ def embed(
 
 def project(model: DualEncoder, segments: Tensor) -> Tensor:
     """Project segments in evaluation mode, without gradients: (S, 320000) -> (S, D) on the CPU."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            return model.project_segments(segments.to(model.device)).cpu()
-    finally:
-        model.train(was_training)
+    with torch.no_grad(), model.evaluating():
+        return model.project_segments(segments.to(model.device)).cpu()
 
 
 def scaled(vectors: Sequence[Tensor], reading: Reading, width: int) -> Tensor:

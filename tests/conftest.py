@@ -2,6 +2,7 @@
 
 import csv
 import os
+import signal
 import wave
 from pathlib import Path
 
@@ -21,6 +22,15 @@ CAPTIONS = ["a dog barks twice", "rain falls on a roof", "birds sing while a tra
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def restored_signals():
+    """Restore the handlers of Ctrl-C and SIGTERM, which train.main sets, after a file's tests."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def write_wav(path: Path, waveform: np.ndarray, rate: int = 32_000) -> Path:

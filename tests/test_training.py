@@ -71,15 +71,6 @@ def quick_runs(monkeypatch) -> None:
     monkeypatch.setattr(train, "write_curves", lambda folders, path: None)
 
 
-@pytest.fixture(autouse=True)
-def restored_signals():
-    """Restore the handlers of Ctrl-C and SIGTERM after the test."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """Clotho, two captions a clip, and AudioCaps, one caption a clip."""
@@ -512,6 +503,15 @@ def test_a_part_of_an_epoch_is_kept_only_where_there_is_no_best(data, tmp_path, 
     assert best(tmp_path / "short")["validation"]["R@1"] == 1
     run_train(monkeypatch, data, tmp_path / "short", "--max-steps", 3)
     assert best(tmp_path / "short")["validation"]["R@1"] == 0
+
+
+def test_a_run_that_max_steps_ended_says_its_own_figure_again(
+    data, tmp_path, monkeypatch, capsys
+):
+    for _ in range(2):
+        run_train(monkeypatch, data, tmp_path / "run", "--max-steps", 2)
+        figure = 100 * best(tmp_path / "run")["validation"]["mAP@10"]
+        assert f"Best validation mAP@10 {figure:.2f} %" in capsys.readouterr().out
 
 
 # --- What stops a run, and what it keeps ---
