@@ -454,13 +454,9 @@ def validate(
 
 def evaluation_command(args, run: Run) -> str:
     """Return a command that evaluates the run's best model, with the options that find its data."""
-    command = ["python", "evaluate.py", "--checkpoint", run.best_path]
-    if "clotho" in args.datasets or "audiocaps" in args.datasets:
-        command += ["--data-dir", args.data_dir]
-    else:
+    command = ["python", "evaluate.py", "--checkpoint", run.best_path, "--data-dir", args.data_dir]
+    if "clotho" not in args.datasets and "audiocaps" not in args.datasets:
         command += ["--dataset", args.validation or args.datasets[0], "--split", "val"]
-        if args.cache_dir is None:
-            command += ["--data-dir", args.data_dir]
     if args.cache_dir is not None:
         command += ["--cache-dir", args.cache_dir]
     if args.tokenizer is not None:

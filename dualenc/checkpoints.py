@@ -116,7 +116,7 @@ def _fetch(published: Published) -> Path:
         desc=published.file_name, total=total, unit="B", unit_scale=True,
         mininterval=0.5 if sys.stderr.isatty() else 10,
     )
-    with replacing(path) as temporary:
+    with replacing(path, by_many=True) as temporary:
         with open(temporary, "wb") as file, bar:
             for url in published.urls:
                 for chunk in _download(published, url):

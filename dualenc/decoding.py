@@ -210,7 +210,7 @@ def _pyav_errors(path: AnyPath) -> Iterator[None]:
     """Turn any error within the block into a SoundError that names the file."""
     try:
         yield
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except Exception as error:  # Damaged files raise more than PyAV's own FFmpegError.
         reason = getattr(error, "strerror", None) or error
@@ -237,6 +237,8 @@ def _frames(file: InputContainer, stream: AudioStream, faults: list[str]) -> Ite
                 continue  # Such a packet may be where one of two joined mp3 files ends.
             yield from frames
     except av.error.FFmpegError as error:
+        if isinstance(error, OSError):
+            raise  # The disk or the network failed: this says nothing of the sound.
         faults.append(f"cannot be read to its end ({error.strerror})")
 
 
@@ -430,14 +432,24 @@ def _resampled(frames: Iterable[AudioFrame]) -> Iterator[np.ndarray]:
 
 
 def resample(waveform: np.ndarray, rate: int) -> np.ndarray:
-    """Resample a waveform as files are: (n,) float32 at rate Hz -> (about n * 32000 / rate,)."""
+    """Resample a waveform as files are: (n,) float32 at rate Hz -> (about n * 32000 / rate,).
+
+    Raises:
+        InputError: the rate is one that FFmpeg cannot resample, or too few samples are given.
+    """
     if rate == SAMPLE_RATE:
         return waveform
-    resampler = Resampler("flt", "mono", rate)
-    frame = AudioFrame.from_ndarray(np.ascontiguousarray(waveform)[None], "flt", "mono")
-    frame.sample_rate = rate
-    blocks = resampler.push(frame) + resampler.flush()
-    return np.concatenate(blocks)[:, 0]
+    try:
+        resampler = Resampler("flt", "mono", rate)
+        frame = AudioFrame.from_ndarray(np.ascontiguousarray(waveform)[None], "flt", "mono")
+        frame.sample_rate = rate
+        blocks = resampler.push(frame) + resampler.flush()
+        return np.concatenate(blocks)[:, 0]
+    except (ValueError, OverflowError, av.error.FFmpegError) as error:
+        raise InputError(
+            f"rate {rate}: a waveform of {len(waveform):,} samples cannot be resampled from it to "
+            f"{SAMPLE_RATE}"
+        ) from error
 
 
 def to_int16(waveform: np.ndarray) -> np.ndarray:

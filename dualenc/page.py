@@ -411,7 +411,7 @@ def read_log(run_folder: Path) -> Log:
         raise InputError(f"{path}: cannot be read as a run's log ({error!r})") from error
     interval = "mean of the last steps"
     if log_every is not None:
-        interval = f"mean of the last {log_every} steps"
+        interval = f"mean of the last {counted(log_every, 'step')}"
     return Log(printable(run_folder.resolve().name), interval, curves)
 
 

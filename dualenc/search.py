@@ -747,7 +747,7 @@ def parse_arguments():
     add = group.add_argument
     add("sentence", nargs="?", help="what is to be heard (default: asks for it)")
     add("--like", type=Path, metavar="FILE", help="search for sounds like this one")
-    add("--serve", action="store_true", help="open a local page to type into")
+    add("--serve", action="store_true", help="serve a page to type into, on this machine alone")
     add("--queries", type=Path, metavar="CSV", help="a csv with a column caption, for --submission")
     add("--list-faults", action="store_true",
         help="list the files that cannot be read, or not whole, and those that are not there now")

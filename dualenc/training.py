@@ -183,10 +183,15 @@ class Run:
             if changes:
                 headline = "holds a run with other settings; give its settings, or another --out"
                 raise InputError.of(f"{folder} {headline}", changes)
+        elif self.best_path.exists() and (changes or self._validations_in_log() > 1):
+            raise InputError(
+                f"{folder}: holds a trained best.pt, but no last.pt to resume from; give another "
+                "--out"
+            )
         elif RANK == 0:
             # Nothing was saved, so the run begins again, and all settings may differ.
             if changes:
-                self._remove_leftovers()
+                self._remove_teachers_embeddings()
             self.log_file.truncate(0)
             self._write_line({"settings": settings, "versions": versions()})
 
@@ -229,9 +234,15 @@ class Run:
                 changes.append(f"{shown}: was {was}, now {now}")
         return changes
 
-    def _remove_leftovers(self) -> None:
-        """Remove what an earlier start with other settings left: a model, teachers' embeddings."""
-        for path in [self.best_path, *self.folder.glob("teacher-*.pt")]:
+    def _validations_in_log(self) -> int:
+        """Count the epochs that the log tells of; a run killed in its first save has one."""
+        self.log_file.seek(0)
+        _settings, *lines = self.log_file.readlines()
+        return sum('"validation":' in line for line in lines)
+
+    def _remove_teachers_embeddings(self) -> None:
+        """Remove what a start with other settings has left: it may be of other data."""
+        for path in self.folder.glob("teacher-*.pt"):
             path.unlink(missing_ok=True)
 
     def close(self) -> None:

@@ -200,6 +200,17 @@ def test_a_file_that_cannot_be_read_to_its_end_gives_what_is_there_and_says_so(t
     assert faults[0].startswith("cannot be read to its end (")
 
 
+def test_a_disk_that_fails_in_the_middle_is_no_fault_of_the_sound():
+    class FileOnAFailingDisk:
+        def demux(self, stream):
+            raise av.error.OSError(5, "Input/output error")
+
+    faults = []
+    with pytest.raises(OSError, match="Input/output error"):
+        list(decoding._frames(FileOnAFailingDisk(), None, faults))
+    assert faults == []
+
+
 @pytest.mark.parametrize("before", [b"", chunk(b"LIST", 30)])
 def test_a_wav_whose_header_tells_of_less_than_half_of_its_sound_says_so(before, tmp_path):
     plain = wav_of_sizes(riff=64_036, data=64_000)  # 1 s of 5

@@ -216,6 +216,12 @@ def test_a_whole_rate_of_any_type_is_a_rate(tiny_model):
         assert torch.equal(tiny_model.embed_audio(sound, rate=rate), expected)
 
 
+@pytest.mark.parametrize("rate", [7, 1_000_000, 3_000_000_000])
+def test_a_waveform_too_short_to_be_resampled_is_refused(tiny_model, rate):
+    with pytest.raises(InputError, match=f"^rate {rate}: a waveform of 50 samples"):
+        tiny_model.embed_audio(noise(1)[:50], rate=rate)
+
+
 @pytest.mark.parametrize("rate", [0, -1, 44_100.5, float("nan"), float("inf"), "44100", None])
 def test_a_rate_that_is_no_positive_number_is_refused(tiny_model, rate):
     with pytest.raises(InputError, match="^rate .*: a whole number of Hz above 0 is needed$"):

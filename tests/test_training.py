@@ -589,6 +589,16 @@ def test_a_run_without_a_step_may_begin_again_with_other_settings(data, tmp_path
     assert json.loads(first_line)["settings"]["max_lr"] == 0.5
 
 
+def test_a_trained_model_without_last_pt_is_not_overwritten(data, tmp_path, monkeypatch):
+    run_train(monkeypatch, data, tmp_path / "run")
+    trained = (tmp_path / "run" / "best.pt").read_bytes()
+    (tmp_path / "run" / "last.pt").unlink()
+    for options in ([], ["--max-lr", 0.5]):
+        with pytest.raises(InputError, match="holds a trained best.pt, but no last.pt"):
+            run_train(monkeypatch, data, tmp_path / "run", *options)
+    assert (tmp_path / "run" / "best.pt").read_bytes() == trained
+
+
 def failing_decoder(splits, cache_dir) -> None:
     raise InputError("a sound is needed")
 
