@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dualenc.checkpoints import checkpoint_file, read_checkpoint, save_atomically
-from dualenc.data import Split, training_splits
+from dualenc.data import Split, dataset_names, training_splits
 from dualenc.errors import Parser, not_negative_float, run_command
 from dualenc.losses import contrastive_loss, distillation_loss
 from dualenc.model import DualEncoder, choose_device, choose_precision
@@ -89,7 +89,7 @@ def main() -> int:
 
     # --- The batches and the run's folder, before anything that takes long ---
     batches = make_batches(args, splits, student)
-    name_parts = ["distilled", *names_of(args.datasets), "from", *datasets_of(seen_by_teachers)]
+    name_parts = ["distilled", *names_of(args.datasets), "from", *dataset_names(seen_by_teachers)]
     digests = [digest_of_file(teacher_file) for teacher_file in args.teachers]
     run = open_run(args, name_parts, student, splits, validation, teacher_digests=digests)
 
@@ -136,11 +136,6 @@ def embed_training_set(teacher: DualEncoder, splits: list[Split], label: str) ->
     clip_count = sum(len(split.clips) for split in splits)
     progress = tqdm(waveforms, label, clip_count, leave=False, disable=None)
     return {"audio": teacher.embed_audio(progress), "text": teacher.embed_text(captions)}
-
-
-def datasets_of(trained_on: set[str]) -> list[str]:
-    """Return the data sets that splits belong to: {"clotho/development"} -> ["clotho"]."""
-    return sorted({name.partition("/")[0].partition("@")[0] for name in trained_on})
 
 
 def digest_of_file(path: Path) -> str:

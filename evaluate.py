@@ -20,7 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dualenc.checkpoints import checkpoint_file, newest_checkpoint, read_checkpoint
-from dualenc.data import Split, decode_splits, parse_names, read_csv, read_split, was_seen
+from dualenc.data import (
+    Split, dataset_names, decode_splits, parse_names, read_csv, read_split, was_seen,
+)
 from dualenc.errors import InputError, Parser, replacing, run_command
 from dualenc.metrics import METRICS, RESAMPLES, bootstrap, interval, query_metrics, ranks
 from dualenc.model import PRECISIONS, DualEncoder, choose_device, choose_precision
@@ -294,10 +296,10 @@ def describe_model(name: str, split: Split) -> Model:
 
 def label_of(stage: str, trained_on: Sequence[str]) -> str:
     """Name a model by its data and its stage: "Clotho + AudioCaps, distilled"."""
-    datasets = {split.partition("/")[0] for split in trained_on}
+    datasets = dataset_names(trained_on)
     known = [title for dataset, title in TITLES.items() if dataset in datasets]
-    folders = [dataset.partition("@")[0] for dataset in datasets if dataset not in TITLES]
-    return f"{' + '.join(known + sorted(folders))}, {stage}"
+    folders = [dataset for dataset in datasets if dataset not in TITLES]
+    return f"{' + '.join(known + folders)}, {stage}"
 
 
 def join_embeddings(members: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

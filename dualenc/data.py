@@ -19,7 +19,7 @@ import json
 import os
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -108,6 +108,15 @@ def parse_split_name(name: str) -> tuple[str, str]:
     """
     dataset, _, part = name.rpartition("@")[2].partition("/")
     return dataset, part
+
+
+def dataset_names(split_names: Iterable[str]) -> list[str]:
+    """Return what the data sets of some splits are called, each once and sorted.
+
+    ["clotho/development", "my_sounds@1a2b3c4d/val"] -> ["clotho", "my_sounds"].
+    """
+    datasets = [name.rpartition("/")[0] for name in split_names]
+    return sorted({dataset.partition("@")[0] for dataset in datasets})
 
 
 def short_digest(values) -> str:

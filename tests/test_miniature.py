@@ -502,7 +502,9 @@ def test_ctrl_c_lets_both_runs_of_the_demo_save_first(tmp_path):
         "./demo.sh", cwd=tmp_path, start_new_session=True, preexec_fn=listen_to_ctrl_c
     )
     started = tmp_path / "started.txt"
+    deadline = time.monotonic() + 30
     while not started.exists() or started.read_text().count("\n") < 2:
+        assert time.monotonic() < deadline
         time.sleep(0.05)
     os.killpg(demo.pid, signal.SIGINT)
     assert demo.wait(timeout=30) == 130
