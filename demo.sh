@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The four rows of Table 1: for each training set two teachers and a student, then one evaluation.
 #
-#   ./demo.sh                            on miniature data, in five minutes on two cores
+#   ./demo.sh                            on miniature data, in six minutes on two cores
 #   SEEDS="0 1 2 3 4" ./demo.sh          with several seeds: means and standard deviations
 #   DATA=data PRESET=report ./demo.sh    on the real data in data/, with the report's settings
 #
@@ -40,6 +40,7 @@ start() {
         echo "$ python $* > $RUNS/$name.txt"
         # In a session of its own a run is sent SIGTERM only; Ctrl-C as well would end it unsaved.
         OMP_NUM_THREADS=$((($(nproc) + 1) / 2)) setsid "$PYTHON" "$@" &> "$RUNS/$name.txt" &
+        pids+=($!)
         logs+=("$RUNS/$name.txt")
     else
         echo "$ python $*"
@@ -49,16 +50,28 @@ start() {
 
 # Wait for the runs that were started and show how they ended; where one fails, exit.
 finish() {
-    for _ in "${logs[@]}"; do
-        wait -n || { tail -v -n 20 "${logs[@]}"; exit 1; }
+    # `wait -n` ends as soon as any run does, but says 127 where it has missed the end of one.
+    for _ in "${pids[@]}"; do
+        wait -n || [ $? = 127 ] || fail
+    done
+    for pid in "${pids[@]}"; do
+        wait "$pid" || fail
     done
     for log in "${logs[@]}"; do
         tail -n 2 "$log"
     done
+    pids=()
     logs=()
 }
 
+# Show the ends of the runs' logs and exit.
+fail() {
+    tail -v -n 20 "${logs[@]}"
+    exit 1
+}
+
 mkdir -p "$RUNS"
+pids=()
 logs=()
 if [[ $DATA == *miniature ]]; then
     "$PYTHON" -m dualenc.miniature "$DATA"

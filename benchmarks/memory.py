@@ -55,12 +55,19 @@ BATCH = make_batch()
 
 # --- The work whose memory is told ---
 
+def make_model(precision: torch.dtype | None, device: str) -> DualEncoder:
+    model = DualEncoder.create("report", "random", ["a dog"])
+    model.precision = precision
+    if device != "cpu":  # Tensors without memory are made on the CPU, and cannot be moved.
+        model.to(device)
+    return model
+
+
 def training_step(
     precision: torch.dtype | None, pieces: list[Batch], teachers: int, device: str = "cpu"
 ) -> None:
     """Make one step of the report's model, AdamW's state being there already."""
-    model = DualEncoder.create("report", "random", ["a dog"]).train().to(device)
-    model.precision = precision
+    model = make_model(precision, device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -85,8 +92,7 @@ def training_step(
 
 def embedding(precision: torch.dtype | None, device: str = "cpu") -> None:
     """Embed as many clips of 30 s and captions as are embedded together."""
-    model = DualEncoder.create("report", "random", ["a dog"]).eval().to(device)
-    model.precision = precision
+    model = make_model(precision, device).eval()
     with torch.no_grad():
         segments = torch.zeros(24, 320_000, device=device)
         model.encode_audio(segments, torch.full((8,), 3, device=device))
