@@ -690,11 +690,12 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> No
 
 def write_wav(path: Path, waveform: np.ndarray) -> None:
     """Write a mono waveform (n,) with 16 bits a sample."""
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(RATE_HZ)
-        file.writeframes(to_int16(waveform).tobytes())
+    # Where `wave` itself cannot open a file, it prints a traceback beside the error that it raises.
+    with path.open("wb") as file, wave.open(file) as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(RATE_HZ)
+        sound.writeframes(to_int16(waveform).tobytes())
 
 
 def main() -> None:
