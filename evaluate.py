@@ -9,7 +9,6 @@
 
 import datetime
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +22,7 @@ from dualenc.checkpoints import checkpoint_file, newest_checkpoint, read_checkpo
 from dualenc.data import (
     Split, dataset_names, decode_splits, parse_names, read_csv, read_split, was_seen,
 )
-from dualenc.errors import InputError, Parser, replacing, run_command
+from dualenc.errors import InputError, Parser, check_output_file, replacing, run_command
 from dualenc.metrics import METRICS, RESAMPLES, bootstrap, interval, query_metrics, ranks
 from dualenc.model import PRECISIONS, DualEncoder, choose_device, choose_precision
 from dualenc.page import Evaluation, write_evaluation
@@ -126,8 +125,8 @@ def parse_arguments():
     if args.html and len(args.checkpoint) + bool(args.ensemble) > 1:
         parser.error("--html takes one --checkpoint, or one --ensemble")
     for path in (args.json, args.html):
-        if path and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
-            raise InputError(f"{path}: cannot be written; name a file in a folder that is there")
+        if path:
+            check_output_file(path)
     return args
 
 

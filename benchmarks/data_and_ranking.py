@@ -21,7 +21,7 @@ from dualenc.data import PairBatches, decode_splits, read_split
 from dualenc.decoding import load_audio, to_int16
 from dualenc.metrics import MAP_CUTOFFS, RECALL_CUTOFFS, retrieval_metrics
 from dualenc.model import DualEncoder
-from dualenc.search import Sound, SoundIndex
+from dualenc.search import Content, SoundIndex
 
 RATE = 44_100
 BATCH = 64
@@ -82,8 +82,8 @@ def search(files: int) -> dict[str, Callable]:
     """Return both ways to find the ten best of many files of one segment."""
     segments = F.normalize(torch.randn(files, EMBEDDING), dim=1)
     query = F.normalize(torch.randn(EMBEDDING), dim=0)
-    sounds = {f"recording {i:07}.wav": Sound(10.0, 1, "") for i in range(files)}
-    index = SoundIndex(None, Path("/sounds"), sounds, [segments], torch.arange(files))
+    contents = {f"recording {i:07}.wav": Content(10.0, 1, "") for i in range(files)}
+    index = SoundIndex(None, Path("/sounds"), contents, [segments], torch.arange(files))
 
     def sort_all() -> list[str]:
         order = (segments @ query).argsort(descending=True)

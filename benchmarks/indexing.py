@@ -20,7 +20,7 @@ from measure import compare, machine, options, random_captions, seconds_of, writ
 
 from dualenc.decoding import stream_audio, to_int16
 from dualenc.model import DualEncoder
-from dualenc.search import File, Reading, Sound, SoundIndex, StoredIndex, stamp
+from dualenc.search import Content, File, Reading, SoundIndex, StoredIndex, stamp
 
 RATE = 44_100
 SEGMENTS = 3  # of each file of the large index
@@ -58,7 +58,8 @@ def write_large_index(model: DualEncoder, folder: Path, files: int, saves: int) 
             file = File(*stamp(path.stat()), f"{number:032}")
             segments = torch.randn(SEGMENTS, model.config.embedding)
             segments /= segments.sum(dim=0).norm()
-            stored.add(str(path), Reading(file, Sound(10.0 * SEGMENTS, SEGMENTS, "")), segments)
+            content = Content(10.0 * SEGMENTS, SEGMENTS, fault="")
+            stored.add(Reading(str(path), file, content), segments)
         stored.save()
 
 

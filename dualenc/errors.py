@@ -151,6 +151,12 @@ def reason_of(error: Exception) -> str | None:
 # --- Files ---
 
 
+def check_output_file(path: Path) -> None:
+    """Raise an InputError if a file cannot be written there, before long work is done for it."""
+    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise InputError(f"{path}: cannot be written; name a file in a folder that is there")
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, by_many: bool = False) -> Iterator[Path]:
     """Yield a temporary path; once it is written whole, its file takes the place of `path`.

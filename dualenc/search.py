@@ -27,7 +27,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +40,7 @@ from dualenc import audio, decoding, page
 from dualenc.checkpoints import checkpoint_file, newest_checkpoint, save_atomically
 from dualenc.data import read_csv
 from dualenc.errors import (
-    InputError, Parser, counted, positive_int, printable, replacing, run_command,
+    InputError, Parser, check_output_file, counted, positive_int, printable, replacing, run_command,
 )
 from dualenc.model import PRECISIONS, DualEncoder, choose_device, choose_precision
 
@@ -76,19 +76,36 @@ class File(NamedTuple):
     digest: str  # a hash of the content
 
 
-class Sound(NamedTuple):
-    """The facts about the content of a file, or of several equal ones."""
+class Content(NamedTuple):
+    """The facts about what a file contains, or several equal files do."""
 
     seconds: float
     segment_count: int  # 0 if it cannot be read
     fault: str  # why it cannot be read, or not whole; else ""
 
 
-class Reading(NamedTuple):
-    """The result of reading a file."""
+class Block(NamedTuple):
+    """Ten seconds of a file, which are one segment."""
 
+    path: str
+    digest: str  # a hash of the file's content
+    waveform: np.ndarray  # (n,) int16
+    vector: Tensor | None  # (D,) if it was embedded before an interruption
+
+
+class Unfinished(NamedTuple):
+    """A file that is being embedded."""
+
+    digest: str  # a hash of its content
+    vectors: list[Tensor]  # (D,) for each of its segments so far
+
+
+class Reading(NamedTuple):
+    """The result of reading a file to its end."""
+
+    path: str
     file: File | None  # None if the file cannot be read now
-    sound: Sound | None  # None if its content is known already
+    content: Content | None  # None if it is known already
     fault: str = ""  # why it cannot be read now
 
 
@@ -112,25 +129,25 @@ class SoundIndex:
     """
 
     def __init__(
-        self, model: DualEncoder, root: Path, sounds: dict[str, Sound], parts: Sequence[Tensor],
-        rows: Tensor,
+        self, model: DualEncoder, root: Path, contents: dict[str, Content],
+        parts: Sequence[Tensor], rows: Tensor,
     ):
         """Put the index of some files together; build() makes one from a folder.
 
         Args:
-            sounds: {name: Sound}, each of at least one segment.
+            contents: {name: Content}, each of at least one segment.
             parts: matrices (S_p, D) of scaled segments.
             rows: (S,) int64, the row of each segment, counted through all parts; first those of the
                 first file, then those of the second, and so on.
         """
         self.model = model
         self.root = root
-        self.names = list(sounds)
-        self.seconds = [sound.seconds for sound in sounds.values()]
+        self.names = list(contents)
+        self.seconds = [content.seconds for content in contents.values()]
         self.faults: dict[str, str] = {}
         self.missing: list[str] = []
         self.skipped: collections.Counter[str] = collections.Counter()
-        counts = [sound.segment_count for sound in sounds.values()]
+        counts = [content.segment_count for content in contents.values()]
         self.owner = np.repeat(np.arange(len(counts)), counts)
         self._ends = np.cumsum([0, *counts])  # File i has the segments _ends[i] : _ends[i + 1].
         self._parts = parts
@@ -186,10 +203,10 @@ class SoundIndex:
         for path in there:
             if path not in stored.files:  # New, but cannot be read now.
                 continue
-            sound = stored.sound_of(path)
-            if sound.fault:
-                faults.setdefault(path, sound.fault)
-            if sound.segment_count > 0:
+            content = stored.content_of(path)
+            if content.fault:
+                faults.setdefault(path, content.fault)
+            if content.segment_count > 0:
                 searched.append(path)
         faults = {path.removeprefix(prefix): faults[path] for path in sorted(faults)}
         if not searched:
@@ -198,9 +215,9 @@ class SoundIndex:
                 reasons.append(f"{counted(len(missing), 'file')} of the index, not there now")
             headline = f"{root}: no sound file that can be read"
             raise InputError.of(headline, reasons or ["none there"])
-        sounds = {path.removeprefix(prefix): stored.sound_of(path) for path in searched}
+        contents = {path.removeprefix(prefix): stored.content_of(path) for path in searched}
         rows = stored.rows_of([stored.files[path].digest for path in searched])
-        index = cls(model, root, sounds, stored.parts, rows)
+        index = cls(model, root, contents, stored.parts, rows)
         index.faults = faults
         index.missing = [path.removeprefix(prefix) for path in missing]
         index.skipped = skipped
@@ -216,10 +233,11 @@ class SoundIndex:
 
     def search_like(self, path: decoding.AnyPath, k: int = 10, by: str = "file") -> list[Match]:
         """Return the k files that sound most like one, which need not be in the index."""
-        vectors, reading = embed_file(self.model, path)
-        if len(vectors) == 0:
-            raise InputError(f"{path}: {reading.sound.fault if reading.sound else reading.fault}")
-        return self.nearest(vectors.sum(dim=0), k, by)
+        reading, segments = embed_file(self.model, path)
+        if len(segments) == 0:
+            fault = reading.content.fault if reading.content else reading.fault
+            raise InputError(f"{path}: {fault}")
+        return self.nearest(segments.sum(dim=0), k, by)
 
     def nearest(self, query: Tensor, k: int = 10, by: str = "file") -> list[Match]:
         """Return the k best files for a query (D,) of unit norm, by exact search."""
@@ -293,14 +311,16 @@ def in_words(sentence: str) -> str:
 class StoredIndex:
     """The embeddings of one model, on disk in a folder of parts, or only in memory without folder.
 
-    A part holds what was new at a save: files, their contents (Sound), and the scaled segments of
-    those. A content that several files have is stored once. Parts are read in the order of their
+    A part holds what was new at a save: files, their contents, and the scaled segments of those. A
+    content that several files have is stored once. Parts are read in the order of their
     names; if two tell of one file, the later counts. So two searches at once need no lock: each
     writes its own parts, and at worst both embed the same sounds.
 
+    Beside the parts lies a file DIGEST.unfinished for each content whose embedding has begun.
+
     Attributes:
         files: {path: File}, also files that are not there now.
-        sounds: {digest: Sound}, at least those of all files.
+        contents: {digest: Content}, at least those of all files.
         parts: matrices (S_p, D) of scaled segments, memory-mapped.
         first_row: {digest: the row of its first segment, counted through all parts}.
     """
@@ -321,7 +341,7 @@ class StoredIndex:
 
     def _start_empty(self) -> None:
         self.files: dict[str, File] = {}
-        self.sounds: dict[str, Sound] = {}
+        self.contents: dict[str, Content] = {}
         self.parts: list[Tensor] = []
         self.first_row: dict[str, int] = {}
         self._part_files: list[Path] = []
@@ -329,14 +349,14 @@ class StoredIndex:
 
     def _start_next_part(self) -> None:
         self._new_files: dict[str, File | None] = {}
-        self._new_sounds: dict[str, Sound] = {}
+        self._new_contents: dict[str, Content] = {}
         self._new_segments: list[Tensor] = []
 
     def _read(self) -> None:
         """Read all parts; a damaged one is passed over, and reported in a line."""
         for part_file in sorted(self.folder.glob("*.part")):
             try:
-                files, sounds, segments = read_part(part_file)
+                files, contents, segments = read_part(part_file)
             except FileNotFoundError:
                 # Another search has just merged it into another part, so reading begins again.
                 self._start_empty()
@@ -352,28 +372,28 @@ class StoredIndex:
                     self.files.pop(path, None)
                 else:
                     self.files[path] = file
-            self._place(sounds)
+            self._place(contents)
             self.parts.append(segments)
             self._part_files.append(part_file)
         # A file is embedded again if its content was in a damaged part.
-        for path in [path for path, file in self.files.items() if file.digest not in self.sounds]:
+        for path in [path for path, file in self.files.items() if file.digest not in self.contents]:
             del self.files[path]
 
-    def _place(self, sounds: dict[str, Sound]) -> None:
-        """Give sounds the next rows, in their order."""
-        for digest, sound in sounds.items():
-            self.sounds[digest] = sound
+    def _place(self, contents: dict[str, Content]) -> None:
+        """Give contents the next rows, in their order."""
+        for digest, content in contents.items():
+            self.contents[digest] = content
             self.first_row[digest] = self._row_count
-            self._row_count += sound.segment_count
+            self._row_count += content.segment_count
 
-    def sound_of(self, path: str) -> Sound:
-        return self.sounds[self.files[path].digest]
+    def content_of(self, path: str) -> Content:
+        return self.contents[self.files[path].digest]
 
     def rows_of(self, digests: Sequence[str]) -> Tensor:
-        """Return the rows of all segments of sounds, counted through all parts: (S,) int64."""
-        counts = np.array([self.sounds[digest].segment_count for digest in digests], np.int64)
+        """Return the rows of all segments of contents, counted through all parts: (S,) int64."""
+        counts = np.array([self.contents[digest].segment_count for digest in digests], np.int64)
         first_rows = np.array([self.first_row[digest] for digest in digests], np.int64)
-        # A segment's row is its sound's first one, plus its number within the sound.
+        # A segment's row is its content's first one, plus its number within the content.
         segments_before = np.cumsum(counts) - counts
         within = np.arange(counts.sum()) - np.repeat(segments_before, counts)
         return torch.from_numpy(np.repeat(first_rows, counts) + within)
@@ -416,18 +436,18 @@ class StoredIndex:
             raise InputError(f"{self.folder.parent}: the index cannot be written there "
                              f"({error.strerror}); name a folder for it: --index FOLDER") from error
 
-    def add(self, path: str, reading: Reading, segments: Tensor) -> None:
+    def add(self, reading: Reading, segments: Tensor) -> None:
         """Add a file that was read, and its scaled segments (s, D) if its content is new."""
-        self.files[path] = reading.file
-        self._new_files[path] = reading.file
+        self.files[reading.path] = reading.file
+        self._new_files[reading.path] = reading.file
         self._arrived.add(reading.file.digest)
-        if reading.sound is not None:
+        if reading.content is not None:
             digest = reading.file.digest
             # Several files of the same content may have been read at once; the first counts.
-            if digest not in self._new_sounds:
-                self._new_sounds[digest] = reading.sound
+            if digest not in self._new_contents:
+                self._new_contents[digest] = reading.content
                 self._new_segments.append(segments)
-                self._place({digest: reading.sound})
+                self._place({digest: reading.content})
 
     def forget(self, paths: Iterable[str]) -> None:
         for path in paths:
@@ -449,9 +469,31 @@ class StoredIndex:
         if not self._new_files:
             return
         segments = torch.cat([self._no_segments, *self._new_segments])
-        self._write(self._new_files, self._new_sounds, segments)
+        self._write(self._new_files, self._new_contents, segments)
         self.parts.append(segments)
+        if self.folder is not None:
+            for digest in self._new_contents:
+                self._unfinished_file(digest).unlink(missing_ok=True)
         self._start_next_part()
+
+    def save_unfinished(self, files: Iterable[Unfinished]) -> None:
+        """Write what is embedded so far of these files, so that it need not be embedded again."""
+        if self.folder is None:
+            return
+        for file in files:
+            save_atomically(torch.stack(file.vectors), self._unfinished_file(file.digest))
+
+    def vectors_of_unfinished(self, digest: str) -> Tensor:
+        """Read what an interrupted run embedded of a content: (s, D), s = 0 if there is nothing."""
+        if self.folder is None:
+            return self._no_segments
+        try:
+            return torch.load(self._unfinished_file(digest), weights_only=True)
+        except Exception:  # There is none, or it is damaged: then all segments are embedded.
+            return self._no_segments
+
+    def _unfinished_file(self, digest: str) -> Path:
+        return self.folder / f"{digest}.unfinished"
 
     def tidy(self, prune: bool) -> None:
         """Save, and merge the parts if they are many or something is to be dropped from them."""
@@ -468,12 +510,16 @@ class StoredIndex:
         digests = list(dict.fromkeys(file.digest for file in self.files.values()))
         segments = take_rows([self._no_segments, *self.parts], self.rows_of(digests))
         # The old parts go only when the new one is written, so an interruption loses nothing.
-        self._write(self.files, {digest: self.sounds[digest] for digest in digests}, segments)
+        contents = {digest: self.contents[digest] for digest in digests}
+        self._write(self.files, contents, segments)
         for part_file in old_part_files:
             part_file.unlink(missing_ok=True)
+        # All that is there is embedded by now: what is left belongs to files that are gone.
+        for unfinished_file in self.folder.glob("*.unfinished"):
+            unfinished_file.unlink(missing_ok=True)
 
     def _write(
-        self, files: dict[str, File | None], sounds: dict[str, Sound], segments: Tensor
+        self, files: dict[str, File | None], contents: dict[str, Content], segments: Tensor
     ) -> None:
         if self.folder is None:
             return
@@ -483,23 +529,23 @@ class StoredIndex:
         part_file = self.folder / f"{number:020}-{os.getpid()}.part"
         # Paths are relative to the index, so that it and the sounds may be moved together.
         relative = {os.path.relpath(path, self.folder): file for path, file in files.items()}
-        header = json.dumps({"files": relative, "sounds": sounds})
+        header = json.dumps({"files": relative, "sounds": contents})
         save_atomically([header, segments], part_file)
         self._part_files.append(part_file)
 
 
-def read_part(part_file: Path) -> tuple[dict[str, File | None], dict[str, Sound], Tensor]:
-    """Read a part, memory-mapped: {path: File}, {digest: Sound}, these sounds' segments (S_p, D).
+def read_part(part_file: Path) -> tuple[dict[str, File | None], dict[str, Content], Tensor]:
+    """Read a part, memory-mapped: {path: File}, {digest: Content}, their segments (S_p, D).
 
     None in place of a File says that the file is to be forgotten.
     """
     header, segments = torch.load(part_file, weights_only=True, mmap=True)
     header = json.loads(header)
     files = {path: file and File(*file) for path, file in header["files"].items()}
-    sounds = {digest: Sound(*sound) for digest, sound in header["sounds"].items()}
-    if sum(sound.segment_count for sound in sounds.values()) != len(segments):
+    contents = {digest: Content(*facts) for digest, facts in header["sounds"].items()}
+    if sum(content.segment_count for content in contents.values()) != len(segments):
         raise ValueError("its header tells of other segments")
-    return files, sounds, segments
+    return files, contents, segments
 
 
 def digest_of_model(model: DualEncoder) -> str:
@@ -532,42 +578,48 @@ def embed_changed(model: DualEncoder, stored: StoredIndex, paths: Sequence[str])
         {path: why it cannot be read now}, for the files of which this is so.
     """
     faults = {}
+    unfinished: dict[str, Unfinished] = {}
     save_at = time.monotonic() + SAVE_SECONDS
     # None leaves it to tqdm, which shows no bar where there is no terminal.
     no_bar = True if stored.folder is None else None
     bar = tqdm(total=len(paths), desc="embedding", unit="file", disable=no_bar)
     stopping = threading.Event()
-    readers = (read_file(path, stored.sounds, stopping) for path in paths)
+    readers = (read_file(path, stored, stopping) for path in paths)
     try:
         with bar, contextlib.closing(in_threads(readers, QUEUED_BLOCKS, stopping)) as pieces:
-            for path, reading, segments in embed(model, pieces):
-                if reading.file is None:
-                    faults[path] = reading.fault
-                else:
-                    stored.add(path, reading, segments)
-                bar.update()
+            for finished in embed(model, pieces, unfinished):
+                for reading, segments in finished:
+                    if reading.file is None:
+                        faults[reading.path] = reading.fault
+                    else:
+                        stored.add(reading, segments)
+                    bar.update()
                 if time.monotonic() > save_at:
                     stored.save()
+                    stored.save_unfinished(unfinished.values())
                     save_at = time.monotonic() + SAVE_SECONDS
     finally:  # After Ctrl-C, too, what is embedded is kept.
         stored.save()
+        stored.save_unfinished(unfinished.values())
     return faults
 
 
-def embed_file(model: DualEncoder, path: decoding.AnyPath) -> tuple[Tensor, Reading]:
+def embed_file(model: DualEncoder, path: decoding.AnyPath) -> tuple[Reading, Tensor]:
     """Embed one file, however long: its scaled segments (s, D), none if it cannot be read."""
-    pieces = read_file(os.fspath(path), known=(), stopping=threading.Event())
-    _, reading, segments = next(embed(model, pieces))
-    return segments, reading
+    empty_index = StoredIndex(None, model)
+    pieces = read_file(os.fspath(path), empty_index, stopping=threading.Event())
+    for finished in embed(model, pieces, unfinished={}):
+        if finished:
+            return finished[0]
 
 
 def read_file(
-    path: str, known: Container[str], stopping: threading.Event
-) -> Iterator[tuple[str, np.ndarray | Reading]]:
-    """Read one file: yield its path with each of its blocks, (n,) int16, and then with a Reading.
+    path: str, stored: StoredIndex, stopping: threading.Event
+) -> Iterator[Block | Reading]:
+    """Read one file: yield its blocks, and then a Reading.
 
-    There are no blocks if its content is among the known digests. Instead of an error that is
-    raised, the Reading tells a fault.
+    There are no blocks if its content is stored already. Instead of an error that is raised, the
+    Reading tells a fault.
     """
     faults = []
     samples = 0
@@ -575,29 +627,31 @@ def read_file(
     try:
         before = stamp(os.stat(path))
         digest = digest_of_file(path, stopping)
-        sound = None
-        if digest not in known:
-            for block in decoding.stream_audio(path, faults):
-                samples += len(block)
-                if segment_count > 0 and len(block) < audio.MIN_REMAINDER:
+        content = None
+        if digest not in stored.contents:
+            vectors = stored.vectors_of_unfinished(digest)
+            for waveform in decoding.stream_audio(path, faults):
+                samples += len(waveform)
+                if segment_count > 0 and len(waveform) < audio.MIN_REMAINDER:
                     break
+                vector = vectors[segment_count] if segment_count < len(vectors) else None
                 segment_count += 1
-                yield path, decoding.to_int16(block)
+                yield Block(path, digest, decoding.to_int16(waveform), vector)
             seconds = samples / decoding.SAMPLE_RATE
-            sound = Sound(seconds, segment_count, "; ".join(faults))
+            content = Content(seconds, segment_count, "; ".join(faults))
         if stamp(os.stat(path)) != before:
-            yield path, Reading(None, None, "was changed while it was read")
+            yield Reading(path, None, None, "was changed while it was read")
             return
     except OSError as error:
-        yield path, Reading(None, None, f"cannot be read now ({error.strerror})")
+        yield Reading(path, None, None, f"cannot be read now ({error.strerror})")
         return
     except InputError as error:
         fault = str(error).removeprefix(printable(f"{path}: "))
         if isinstance(error.__cause__, OSError):  # The disk or the network failed.
-            yield path, Reading(None, None, fault)
+            yield Reading(path, None, None, fault)
             return
-        sound = Sound(0.0, 0, fault)
-    yield path, Reading(File(*before, digest), sound)
+        content = Content(0.0, 0, fault)
+    yield Reading(path, File(*before, digest), content)
 
 
 def digest_of_file(path: str, stopping: threading.Event) -> str:
@@ -613,35 +667,47 @@ def digest_of_file(path: str, stopping: threading.Event) -> str:
 
 
 def embed(
-    model: DualEncoder, pieces: Iterator[tuple[str, np.ndarray | Reading]]
-) -> Iterator[tuple[str, Reading, Tensor]]:
+    model: DualEncoder, pieces: Iterator[Block | Reading], unfinished: dict[str, Unfinished]
+) -> Iterator[list[tuple[Reading, Tensor]]]:
     """Embed the blocks of files, EMBED_SEGMENTS at a time, whichever files they belong to.
 
-    Yields each file's path, its Reading and its scaled segments (s, D) once these are complete.
-    """
-    vectors = collections.defaultdict(list)  # {path: (D,) of its segments so far}
-    blocks = []
-    read_to_end = []
+    Args:
+        unfinished: {path: Unfinished} of the files that are being embedded. It is kept up to date
+            here, so that the caller can save them.
 
-    def embed_blocks() -> Iterator[tuple[str, Reading, Tensor]]:
+    Yields after each step the files that it finished: their Readings and scaled segments (s, D).
+    """
+    blocks: list[Block] = []
+    read_to_end: list[Reading] = []
+
+    def keep(block: Block, vector: Tensor) -> None:
+        file = unfinished.setdefault(block.path, Unfinished(block.digest, []))
+        file.vectors.append(vector)
+
+    def embed_blocks() -> list[tuple[Reading, Tensor]]:
         if blocks:
-            segments, _ = audio.to_segments([block for _, block in blocks])
-            for (path, _), vector in zip(blocks, project(model, segments), strict=True):
-                vectors[path].append(vector)
-        for path, reading in read_to_end:
-            yield path, reading, scaled(vectors.pop(path, []), reading, model.config.embedding)
+            segments, _ = audio.to_segments([block.waveform for block in blocks])
+            for block, vector in zip(blocks, project(model, segments), strict=True):
+                keep(block, vector)
+        finished = []
+        for reading in read_to_end:
+            file = unfinished.pop(reading.path, None)
+            finished.append((reading, scaled(file, reading, model.config.embedding)))
         blocks.clear()
         read_to_end.clear()
+        return finished
 
-    for path, piece in pieces:
+    for piece in pieces:
         if isinstance(piece, Reading):
-            read_to_end.append((path, piece))
+            read_to_end.append(piece)
+        elif piece.vector is not None:
+            keep(piece, piece.vector)
         else:
-            blocks.append((path, piece))
+            blocks.append(piece)
         # A file whose content is known has no blocks, and need not wait if no other's do.
         if len(blocks) == EMBED_SEGMENTS or not blocks:
-            yield from embed_blocks()
-    yield from embed_blocks()
+            yield embed_blocks()
+    yield embed_blocks()
 
 
 def project(model: DualEncoder, segments: Tensor) -> Tensor:
@@ -650,11 +716,11 @@ def project(model: DualEncoder, segments: Tensor) -> Tensor:
         return model.project_segments(segments.to(model.device)).cpu()
 
 
-def scaled(vectors: Sequence[Tensor], reading: Reading, width: int) -> Tensor:
-    """Scale a file's segments, (D,) each, so that their sum has unit norm: (s, D)."""
-    if reading.sound is None or reading.sound.segment_count == 0:
+def scaled(file: Unfinished | None, reading: Reading, width: int) -> Tensor:
+    """Scale a file's segments so that their sum has unit norm: (s, D)."""
+    if reading.content is None or reading.content.segment_count == 0:
         return torch.zeros(0, width)
-    segments = torch.stack(vectors)
+    segments = torch.stack(file.vectors)
     return segments / segments.sum(dim=0).norm()
 
 
@@ -743,38 +809,68 @@ def write_submission(path: Path, queries: Sequence[str], index: SoundIndex) -> N
 def parse_arguments():
     parser = Parser(__doc__)
 
-    group = parser.add_argument_group("what to search for").add_mutually_exclusive_group()
-    add = group.add_argument
-    add("sentence", nargs="?", help="what is to be heard (default: asks for it)")
-    add("--like", type=Path, metavar="FILE", help="search for sounds like this one")
-    add("--serve", action="store_true", help="serve a page to type into, on this machine alone")
-    add("--queries", type=Path, metavar="CSV", help="a csv with a column caption, for --submission")
-    add("--list-faults", action="store_true",
-        help="list the files that cannot be read, or not whole, and those that are not there now")
+    query = parser.add_argument_group("what to search for").add_mutually_exclusive_group()
+    query.add_argument("sentence", nargs="?", help="what is to be heard (default: asks for it)")
+    query.add_argument("--like", type=Path, metavar="FILE", help="search for sounds like this one")
+    query.add_argument(
+        "--serve", action="store_true", help="serve a page to type into, on this machine alone"
+    )
+    query.add_argument(
+        "--queries", type=Path, metavar="CSV", help="a csv with a column caption, for --submission"
+    )
+    query.add_argument(
+        "--list-faults", action="store_true",
+        help="list the files that cannot be read, or not whole, and those that are not there now",
+    )
 
-    add = parser.add_argument_group("where to search").add_argument
-    add("--audio", type=Path, metavar="FOLDER", required=True, help="the sounds to search")
-    add("--index", type=Path, metavar="FOLDER",
-        help=f"where embeddings are kept (default {INDEX_NAME} among the sounds)")
-    add("--prune", action="store_true",
-        help="drop from the index what is not there now; else it is kept until it is back")
+    sounds = parser.add_argument_group("where to search")
+    sounds.add_argument(
+        "--audio", type=Path, metavar="FOLDER", required=True, help="the sounds to search"
+    )
+    sounds.add_argument(
+        "--index", type=Path, metavar="FOLDER",
+        help=f"where embeddings are kept (default {INDEX_NAME} among the sounds)",
+    )
+    sounds.add_argument(
+        "--prune", action="store_true",
+        help="drop from the index what is not there now; else it is kept until it is back",
+    )
 
-    add = parser.add_argument_group("which model").add_argument
-    add("--checkpoint", help="a file, a run's folder, salsa or baseline (default: the newest "
-        "best.pt of runs/)")
-    add("--tokenizer", help="a tokenizer's name or folder, for a checkpoint that holds none")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default auto)")
-    add("--precision", default="auto", choices=("auto", *PRECISIONS),
-        help="autocast type of both encoders (default auto: bf16 or fp16 on a GPU, else fp32)")
+    model = parser.add_argument_group("which model")
+    model.add_argument(
+        "--checkpoint",
+        help="a file, a run's folder, salsa or baseline (default: the newest runs/**/best.pt)",
+    )
+    model.add_argument(
+        "--tokenizer", help="tokenizer for a checkpoint that holds none, a name or folder"
+    )
+    model.add_argument(
+        "--device", default="auto",
+        help="cpu, cuda, cuda:N or mps (default: cuda where there is one)",
+    )
+    model.add_argument(
+        "--precision", choices=("auto", *PRECISIONS), default="auto",
+        help="autocast type of both encoders (default: bf16 or fp16 on a GPU, fp32 on a CPU)",
+    )
 
-    add = parser.add_argument_group("what is shown").add_argument
-    add("--top", type=positive_int, default=10, metavar="N", help="files shown (default 10)")
-    add("--by", choices=("file", "segment"), default="file",
-        help="score a file by the mean over its 10 s segments, or by its best one (default file)")
-    add("--json", action="store_true", help="print one JSON object for each query")
-    add("--submission", type=Path, metavar="CSV",
-        help="write the similarity of each of --queries and each file, as DCASE 2025 asks")
-    add("--port", type=int, default=8765, help="port of --serve (default 8765; 0: any free one)")
+    answer = parser.add_argument_group("what is shown")
+    answer.add_argument(
+        "--top", type=positive_int, default=10, metavar="N", help="files shown (default 10)"
+    )
+    answer.add_argument(
+        "--by", choices=("file", "segment"), default="file",
+        help="score a file by the mean over its 10 s segments, or by its best one (default file)",
+    )
+    answer.add_argument(
+        "--json", action="store_true", help="print one JSON object for each query"
+    )
+    answer.add_argument(
+        "--submission", type=Path, metavar="CSV",
+        help="write the similarity of each of --queries and each file, as DCASE 2025 asks",
+    )
+    answer.add_argument(
+        "--port", type=int, default=8765, help="port of --serve (default 8765; 0: any free one)"
+    )
     try:
         args = parser.parse_args()
     except InputError as error:
@@ -791,9 +887,7 @@ def parse_arguments():
     if (args.queries is None) != (args.submission is None):
         parser.error("--queries and --submission go together")
     if args.submission:
-        if args.submission.is_dir() or not os.access(args.submission.absolute().parent, os.W_OK):
-            raise InputError(f"{args.submission}: cannot be written; name a file in a folder that "
-                             "is there")
+        check_output_file(args.submission)
         args.queries = queries_of(args.queries)
     return args
 

@@ -154,7 +154,7 @@ def test_devices_and_types_fit(precision, tmp_path):
         assert {t.device for t in model.encode_pairs(batch, 3)} == {PRETENDED}
         assert not gpu.syncs  # within a step
         audio, text = model.embed_audio([noise(11), noise(4)]), model.embed_text(CAPTIONS)
-        shares, _ = embed_file(model, write_wav(tmp_path / "a.wav", noise(11)))
+        _, shares = embed_file(model, write_wav(tmp_path / "a.wav", noise(11)))
     assert all(t.device.type == "cpu" and t.dtype == torch.float32 for t in (audio, text, shares))
 
 

@@ -20,7 +20,7 @@ from conftest import CAPTIONS, noise, write_csv, write_wav
 
 from dualenc import DualEncoder, audio, decoding, search
 from dualenc.errors import InputError
-from dualenc.search import INDEX_NAME, Sound, SoundIndex
+from dualenc.search import INDEX_NAME, Content, SoundIndex
 
 
 @pytest.fixture
@@ -136,9 +136,9 @@ def index_of(model, segments, counts):
     segments = torch.as_tensor(segments)
     scaled = torch.cat([own / own.sum(dim=0).norm() for own in segments.split(counts)])
     order = torch.randperm(len(scaled), generator=torch.Generator().manual_seed(0))
-    names = {f"{i:03}": Sound(10.0 * count, count, "") for i, count in enumerate(counts)}
+    contents = {f"{i:03}": Content(10.0 * count, count, "") for i, count in enumerate(counts)}
     parts = scaled[order].tensor_split(3)
-    return SoundIndex(model, Path("/"), names, parts, order.argsort())
+    return SoundIndex(model, Path("/"), contents, parts, order.argsort())
 
 
 @pytest.fixture(scope="module")
@@ -658,28 +658,119 @@ def test_a_part_that_another_search_has_just_merged_is_no_fault(tiny_model, soun
 
 # --- Reading ahead in threads ---
 
-def test_an_interruption_keeps_what_was_embedded_and_ends_all_threads(
-    tiny_model, sounds, decoded, monkeypatch
-):
+@pytest.fixture
+def interrupt_at(monkeypatch):
+    """Have the n-th call of project interrupted, or none; a list counts the segments of the others.
+
+    Segments are embedded one at a time.
+    """
     monkeypatch.setattr(search, "EMBED_SEGMENTS", 1)
     project = search.project
-    calls = []
+    embedded = []
 
-    def interrupted(model, segments):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return project(model, segments)
+    def interrupt_at(call):
+        embedded.clear()
 
-    threads = threading.active_count()
-    with monkeypatch.context() as patch:
-        patch.setattr(search, "project", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            build(tiny_model, sounds)
-    assert all_end(threads)
-    decoded.clear()
+        def project_or_interrupt(model, segments):
+            if len(embedded) + 1 == call:
+                raise KeyboardInterrupt
+            embedded.extend(segments)
+            return project(model, segments)
+
+        monkeypatch.setattr(search, "project", project_or_interrupt)
+        return embedded
+
+    return interrupt_at
+
+
+def test_an_interruption_keeps_what_was_embedded(tiny_model, sounds, interrupt_at):
+    interrupt_at(3)
+    with pytest.raises(KeyboardInterrupt):
+        build(tiny_model, sounds)
+    embedded = interrupt_at(None)
     build(tiny_model, sounds)
-    assert len(decoded) == 1
+    assert len(embedded) == 1
+
+
+def test_an_interruption_ends_all_threads(tiny_model, sounds, interrupt_at):
+    threads = threading.active_count()
+    interrupt_at(3)
+    with pytest.raises(KeyboardInterrupt):
+        build(tiny_model, sounds)
+    assert all_end(threads)
+
+
+@pytest.fixture
+def long_sounds(tmp_path):
+    """A folder of one sound of seven segments, the last one short."""
+    write_wav(tmp_path / "long" / "recording.wav", noise(65, 1))
+    return tmp_path / "long"
+
+
+def unfinished_files(sounds):
+    return list((sounds / INDEX_NAME).glob("*/*.unfinished"))
+
+
+def test_a_recording_whose_embedding_was_interrupted_is_resumed(
+    tiny_model, long_sounds, interrupt_at
+):
+    interrupt_at(5)
+    with pytest.raises(KeyboardInterrupt):
+        build(tiny_model, long_sounds)
+    embedded = interrupt_at(None)
+    index = build(tiny_model, long_sounds)
+    assert len(embedded) == 3
+    assert torch.equal(index.vectors(), SoundIndex.build(tiny_model, long_sounds).vectors())
+    assert unfinished_files(long_sounds) == []
+
+
+def test_a_recording_that_changed_after_an_interruption_is_embedded_anew(
+    tiny_model, long_sounds, interrupt_at
+):
+    interrupt_at(5)
+    with pytest.raises(KeyboardInterrupt):
+        build(tiny_model, long_sounds)
+    interrupt_at(None)
+    write_wav(long_sounds / "recording.wav", noise(65, 2))
+    index = build(tiny_model, long_sounds)
+    assert torch.equal(index.vectors(), SoundIndex.build(tiny_model, long_sounds).vectors())
+    build(tiny_model, long_sounds)
+    (long_sounds / "recording.wav").unlink()
+    write_wav(long_sounds / "other.wav", noise(1, 3))
+    build(tiny_model, long_sounds, prune=True)
+    assert unfinished_files(long_sounds) == []
+
+
+def test_a_recording_is_saved_while_it_is_embedded(
+    tiny_model, long_sounds, interrupt_at, monkeypatch
+):
+    """As it must be where the power fails, when nothing is saved at the end."""
+    monkeypatch.setattr(search, "SAVE_SECONDS", 0)
+    save_unfinished = search.StoredIndex.save_unfinished
+    saved = []
+
+    def save_and_note(stored, files):
+        save_unfinished(stored, files)
+        for path in unfinished_files(long_sounds):
+            saved.append(len(torch.load(path)))
+
+    monkeypatch.setattr(search.StoredIndex, "save_unfinished", save_and_note)
+    interrupt_at(None)
+    build(tiny_model, long_sounds)
+    assert saved == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_damaged_file_of_unfinished_vectors_is_passed_over(
+    tiny_model, long_sounds, interrupt_at
+):
+    interrupt_at(5)
+    with pytest.raises(KeyboardInterrupt):
+        build(tiny_model, long_sounds)
+    for path in unfinished_files(long_sounds):
+        path.write_bytes(path.read_bytes()[:100])
+    embedded = interrupt_at(None)
+    assert build(tiny_model, long_sounds).names == ["recording.wav"]
+    assert len(embedded) == 7
 
 
 def all_end(threads: int) -> bool:
