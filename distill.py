@@ -21,7 +21,7 @@ from dualenc.losses import contrastive_loss, distillation_loss
 from dualenc.model import DualEncoder, choose_device, choose_precision
 from dualenc.training import RANK, first_process_first, join_processes
 from train import (
-    add_training_options, decode, make_batches, names_of, open_run, print_device, print_model,
+    add_training_options, decode, folder_names, make_batches, open_run, print_device, print_model,
     train,
 )
 
@@ -87,9 +87,10 @@ def main() -> int:
     student.precision = choose_precision(args.precision, device)
     print_model(student)
 
-    # --- The batches and the run's folder, before anything that takes long ---
+    # --- The batches and the run's folder: unfit options end here, before the sounds are read ---
     batches = make_batches(args, splits, student)
-    name_parts = ["distilled", *names_of(args.datasets), "from", *dataset_names(seen_by_teachers)]
+    name_parts = ["distilled", *folder_names(args.datasets)]
+    name_parts += ["from", *dataset_names(seen_by_teachers)]
     digests = [digest_of_file(teacher_file) for teacher_file in args.teachers]
     run = open_run(args, name_parts, student, splits, validation, teacher_digests=digests)
 
@@ -99,6 +100,8 @@ def main() -> int:
     # --- The teachers: each embeds the training set once ---
     embeddings_of_teachers = []
     for teacher_file, digest in zip(args.teachers, digests, strict=True):
+        # A file that is there is of the same data and precision: open_run has refused others, or
+        # removed their files.
         embeddings_file = run.folder / f"teacher-{digest}.pt"
         with first_process_first():
             if not embeddings_file.exists():
@@ -115,7 +118,8 @@ def main() -> int:
         """Compute section 2's final loss, which combines both objectives."""
         contrastive = contrastive_loss(audio, text, clip_ids, tau)
         # A clip's id is its row in a teacher's audio embeddings, a pair's id its row in the text
-        # embeddings: both count through the same splits in the same order (PairBatches).
+        # embeddings. PairBatches, which gives the ids, and embed_training_set, which makes the
+        # rows, count through the same splits in the same order.
         teacher_audio = [embeddings["audio"][clip_ids] for embeddings in embeddings_of_teachers]
         teacher_text = [embeddings["text"][pair_ids] for embeddings in embeddings_of_teachers]
         distillation = distillation_loss(audio, text, teacher_audio, teacher_text, tau)
@@ -128,6 +132,9 @@ def main() -> int:
 
 def embed_training_set(teacher: DualEncoder, splits: list[Split], label: str) -> dict[str, Tensor]:
     """Embed all N clips and all P captions of the splits, numbered as in data.PairBatches.
+
+    A sound of more than 30 s, which only a user's folder can hold, is embedded by its first 30 s,
+    whichever 30 s of it a batch shows the student.
 
     Returns {"audio": (N, D_m), "text": (P, D_m)}, where D_m is the teacher's width.
     """

@@ -44,7 +44,9 @@ CLIPS_FOR_AN_INTERVAL = 100
 # The report's Table 1, in percent, in the order of COLUMNS. It is shown beside results on the split
 # that it was measured on: Clotho v2.1's evaluation split with all its clips. What the report calls
 # baseline models, rows 1 and 3, is the official DCASE 2025 baseline, which is trained as stage 1 is
-# here. The history of its README tells which metrics 31.95 and 35.21 are.
+# here. The report prints the first figures of all rows in one column. By the history of the
+# official baseline's README 31.95 is its mAP@10 and 35.21 its mAP@16, so they stand in different
+# columns here. None: the report has no such figure.
 REPORTED_SPLIT = "clotho/evaluation"
 REPORTED_CLIPS = 1045
 REPORTED_ROWS = {
@@ -142,7 +144,7 @@ def main() -> None:
     if annotations_csv:
         annotations = read_annotations(annotations_csv, split)
 
-    # --- The models: none may have been trained on the split ---
+    # --- The models, as their checkpoints describe them: none may have seen the split ---
     members_of_rows = [[name] for name in args.checkpoint]
     if args.ensemble:
         members_of_rows.append(args.ensemble)

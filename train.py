@@ -4,8 +4,8 @@
     python train.py --datasets clotho              # row 1
     python train.py --datasets my_sounds/          # a folder of sounds with a captions.csv
 
-Rows 1 and 3 are what the report calls baseline models: stage 1 alone. The same command resumes a
-run that was interrupted.
+Rows 1 and 3 are what the report calls baseline models: the official baseline of DCASE 2025, which
+is trained as stage 1 is here. The same command resumes a run that was interrupted.
 """
 
 import contextlib
@@ -103,8 +103,8 @@ def add_training_options(parser: Parser, data) -> None:
     )
     batches.add_argument(
         "--captions-per-clip", type=positive_int, default=1,
-        help="captions of one clip that stand together in a batch, where its sound is encoded "
-        "once; an epoch shows all captions either way (default 1)",
+        help="captions of one clip that stand side by side in a batch and share one encoding of "
+        "its sound; an epoch shows the same number of pairs whatever it is (default 1)",
     )
     batches.add_argument(
         "--micro-batch", type=positive_int,
@@ -118,7 +118,7 @@ def add_training_options(parser: Parser, data) -> None:
 
     schedule = parser.add_argument_group("schedule")
     schedule.add_argument(
-        "--epochs", type=positive_int, default=20, help="passes over all pairs (default 20)"
+        "--epochs", type=positive_int, default=20, help="passes over the pairs (default 20)"
     )
     schedule.add_argument(
         "--max-steps", type=positive_int,
@@ -197,9 +197,9 @@ def main() -> int:
     model.precision = choose_precision(args.precision, device)
     print_model(model)
 
-    # --- The batches and the run's folder, before anything that takes long ---
+    # --- The batches and the run's folder: unfit options end here, before the sounds are read ---
     batches = make_batches(args, splits, model)
-    run = open_run(args, ["contrastive", *names_of(args.datasets)], model, splits, validation)
+    run = open_run(args, ["contrastive", *folder_names(args.datasets)], model, splits, validation)
 
     # --- The sounds: decoded once (section 4) ---
     decode(args, splits, validation)
@@ -233,8 +233,11 @@ def name_of_precision(model: DualEncoder) -> str:
     return names[model.precision]
 
 
-def names_of(datasets: list[str]) -> list[str]:
-    """Return the names of data sets and of folders, without the paths that lead to them."""
+def folder_names(datasets: list[str]) -> list[str]:
+    """Return the values of --datasets without the paths that lead to folders.
+
+    ["clotho", "recordings/my_sounds/"] -> ["clotho", "my_sounds"].
+    """
     return [Path(dataset).resolve().name for dataset in datasets]
 
 
@@ -304,7 +307,7 @@ def train(args, run: Run, model: DualEncoder, batches: PairBatches, validation, 
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.min_lr, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=model.precision == torch.float16)
 
-    # --- Where to begin: 1. at this run's last.pt; 2. with the model as it was given ---
+    # --- Where to begin: at this run's last.pt if there is one, else with the model as given ---
     run.resume(model, optimizer, scaler)
     steps_per_epoch = len(batches)
     last_step = args.epochs * steps_per_epoch
@@ -325,7 +328,8 @@ def train(args, run: Run, model: DualEncoder, batches: PairBatches, validation, 
         for group in optimizer.param_groups:
             group["lr"] = rate
         model.train()
-        # Dropout, patchout and jitter follow from the step, so that a resumed run draws the same.
+        # Dropout, patchout and the jitter of the mel filters (audio.LogMel) are seeded by the step,
+        # so that a resumed run draws the same.
         torch.manual_seed(seed_of(args.seed, step, RANK))
 
         # Forward: encode this process's share, then gather everyone's. Every other clip of the
@@ -394,8 +398,7 @@ def progress_over(args, run: Run, batches: PairBatches, last_step: int, pin_memo
         os.setpgrp()  # Ctrl-C and SIGTERM are for the main process alone.
         run.close()  # The worker has a copy of the open log, and so of its lock.
 
-    # batches[i] is the batch of the run's step i, also beyond the first epoch, which is all that
-    # len(batches) counts.
+    # batches[i] is the batch of the run's step i, in any epoch; len(batches) counts those of one.
     loader = DataLoader(
         batches, batch_size=None, sampler=range(run.step, last_step), num_workers=args.workers,
         pin_memory=pin_memory,
@@ -418,7 +421,7 @@ def validate(
     """Embed the validation split, keep the model if it is the best, log, and draw the curves.
 
     The first process does all this. Every process clears the epoch's losses. After a part of an
-    epoch the model is kept only as long as no whole epoch has been validated.
+    epoch the model is kept only if no whole epoch has been validated before.
     """
     run.check_finite(model)
     losses = run.mean_losses()

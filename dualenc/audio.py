@@ -21,7 +21,7 @@ SEGMENT_SECONDS = 10
 SEGMENT_SAMPLES = SEGMENT_SECONDS * SAMPLE_RATE  # 320,000
 MAX_SEGMENTS = 3
 CLIP_SAMPLES = MAX_SEGMENTS * SEGMENT_SAMPLES  # 960,000: 30 s, as in section 4
-MIN_REMAINDER = SAMPLE_RATE // 10  # 3,200: under 0.1 s after the last full segment is dropped
+MIN_REMAINDER = SAMPLE_RATE // 10  # 3,200: a shorter remainder, under 0.1 s, is dropped
 HOP_SAMPLES = 320  # 10 ms
 SEGMENT_FRAMES = SEGMENT_SAMPLES // HOP_SAMPLES  # 1000
 MEL_BANDS = 128
@@ -66,7 +66,7 @@ def to_segments(waveforms: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     first = 0
     for waveform, count in zip(waveforms, counts, strict=True):
         padded = segments[first : first + count].reshape(-1)  # a view, (count * 320000,)
-        waveform = waveform[: len(padded)]
+        waveform = waveform[: len(padded)]  # without a remainder under MIN_REMAINDER
         padded[: len(waveform)] = waveform
         first += count
     return torch.from_numpy(segments), torch.tensor(counts)
@@ -86,7 +86,7 @@ def _mel_filters(fmin: float, fmax: float, device: torch.device) -> Tensor:
 
 
 class LogMel(AugmentMelSTFT):
-    """hear21passt's log-mel, except that it makes filters of the same frequencies only once.
+    """hear21passt's log-mel, in chunks, and without making the filters anew for each evaluation.
 
     In training the lowest and the highest frequency of the filters are drawn anew at each call,
     from 0 to 9 Hz and from 14 to 16 kHz. Masking of frequencies and times (SpecAugment) is off, as
@@ -103,7 +103,7 @@ class LogMel(AugmentMelSTFT):
         """Compute the log-mel spectrograms of segments: (S, 320000) -> (S, 128, T), float32."""
         fmin, fmax = self.fmin, self.fmax
         if self.training:
-            # hear21passt draws so; the same seed gives the same spectrogram.
+            # In hear21passt's order, so that a seed gives the spectrogram that it gives there.
             fmin += torch.randint(self.fmin_aug_range, (1,)).item()
             fmax += self.fmax_aug_range // 2 - torch.randint(self.fmax_aug_range, (1,)).item()
         filters = _mel_filters(fmin, fmax, segments.device)
@@ -173,7 +173,8 @@ class AudioTower(nn.Module):
 
     Args:
         patch: (mel bands, frames) of one patch; neighbouring patches do not overlap.
-        patchout: (rows, columns) of the patch grid left out in training, drawn per batch.
+        patchout: (rows, columns) of the patch grid left out in training, drawn anew in each
+            forward pass.
     """
 
     def __init__(

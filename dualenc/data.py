@@ -2,8 +2,8 @@
 
     python -m dualenc.data check FOLDER    # what is there, and what is wrong with it
 
-All that is random here is seeded from (seed, epoch) or (seed, epoch, clip), so that data workers,
-processes and resumed runs make the same batches.
+Batches and crops are seeded from (seed, epoch) and (seed, epoch, clip), so that data workers,
+processes and resumed runs make the same. What is held out of a folder is the same for every seed.
 
 A pair is a clip and one of its captions, so there are as many pairs as captions.
 
@@ -221,7 +221,7 @@ def read_csv(table: Path, columns: Sequence[str], row_hint: str = "") -> list[di
     """
     rows = []
     faulty_rows = []
-    present_columns: Sequence[str] = ()
+    present_columns: Sequence[str] = ()  # It stays empty, and so is refused, if reading fails.
     fault = "has other columns"
     try:
         with open(table, encoding="utf-8-sig", newline="") as file:
@@ -281,7 +281,7 @@ def match_with_disk(
     clips = []
     missing = []
     for name, clip_captions in captions.items():
-        # The scan that listed the sounds passes over suffixes that it does not know.
+        # A file whose suffix the scan of the sounds does not know is not in its list, but there.
         path = sounds.get(comparable_name(name), layout.sounds / name)
         if path.exists():
             clips.append(Clip(name, path, tuple(clip_captions)))
@@ -322,7 +322,10 @@ def read_captions(table: Path) -> dict[str, list[str]]:
 
 
 def parse_names(cell: str) -> list[str]:
-    """Read the file names in a cell of the new annotations: a Python list, or else one name."""
+    """Read the file names in a cell of metadata_eval.csv, the "new annotations" of Table 1.
+
+    A cell holds a Python list, or else one name.
+    """
     try:
         return list(ast.literal_eval(cell))
     except (ValueError, SyntaxError, TypeError):
@@ -410,20 +413,20 @@ def read_folder(folder: Path, part: str) -> Split:
     if part != "all":
         if len(captions) < 2:
             raise InputError(f"{folder}: nothing can be held out of a single clip")
-        held_out = names_held_out(list(captions))
+        held_out = names_held_out(captions)
         names = held_out if part == "val" else captions.keys() - held_out
         captions = {name: captions[name] for name in captions if name in names}
     return match_with_disk(split_name, layout, captions, sounds_by_name(folder))
 
 
-def names_held_out(names: list[str]) -> set[str]:
-    """Choose a tenth of a folder's clips, but at least ten, or half of fewer than twenty.
+def names_held_out(names: Iterable[str]) -> set[str]:
+    """Choose a tenth of a folder's clips, but at least ten; of fewer than twenty, choose half.
 
     They are drawn among all names in the csv, so that a sound that goes missing from the disk
-    changes nothing for the others. The draw depends on the order of the csv's rows, which the
-    digest in the split's name ignores: with rows in another order, other clips are held out under
-    the same name.
+    changes nothing for the others, and among the sorted names, so that neither does another order
+    of the rows.
     """
+    names = sorted(names)
     count = round(HELD_OUT_SHARE * len(names))
     count = max(count, min(MIN_HELD_OUT, len(names) // 2))
     shuffled = np.random.default_rng(0).permutation(len(names))
@@ -438,8 +441,8 @@ def training_splits(
     """Read the splits that are trained on, and the one whose mAP@10 chooses the best epoch.
 
     Args:
-        validation: the data set that validates; None for Clotho, or, where only folders are trained
-            on, for the first of them, of which a part is then held out.
+        validation: the data set that validates. None chooses Clotho if Clotho or AudioCaps is
+            trained on; else the first folder, of which a part is then held out.
 
     Raises:
         InputError: clips would be trained on twice, or be both trained on and validated on.
@@ -502,7 +505,7 @@ def decode_splits(splits: Sequence[Split], cache_dir: Path) -> None:
 class Batch:
     """One process's share of a batch.
 
-    There are no segments of padding alone, and consecutive pairs of one clip share its segments.
+    Consecutive pairs of one clip share its segments.
     """
 
     segments: Tensor  # (S, 320000) int16
@@ -543,9 +546,9 @@ class PairBatches(torch.utils.data.Dataset):
     """The batches of a run: item i is this process's share of the run's i-th batch.
 
     Its length is the number of batches of one epoch, and items go on beyond it, epoch after epoch.
-    An epoch shows every pair once, in a new order in which captions_per_clip captions of one clip
-    stand together. The pairs left over at its end, which fill no batch, are dropped, so that all
-    batches have equally many negatives.
+    An epoch puts all pairs in a new order, in which captions_per_clip captions of one clip stand
+    side by side, and shows as many as fill whole batches. The few left over are not shown, so that
+    the loss always compares equally many pairs.
     """
 
     def __init__(

@@ -1,8 +1,9 @@
 """The two training losses (report, section 2), and gathering embeddings over processes.
 
-B pairs (clip, caption) of the whole batch, B_r of them in this process; N clips; Q captions;
-D embedding values; M teachers. Embeddings have unit norm, so their products are cosines. Everything
-is computed in float32. "The baseline" is the official one of the DCASE 2025 challenge, task 6.
+Shapes: B pairs (clip, caption) of the whole batch, B_r of them in this process; N clips;
+Q captions; D embedding values; M teachers. Embeddings have unit norm, so their products are
+cosines. Everything is computed in float32. "The baseline" is the official one of the DCASE 2025
+challenge, task 6.
 """
 
 from collections.abc import Sequence
@@ -20,10 +21,11 @@ def similarities(audio: Tensor, text: Tensor, tau: Tensor | float) -> Tensor:
 def contrastive_loss(audio: Tensor, text: Tensor, clip_ids: Tensor, tau: Tensor | float) -> Tensor:
     """Compute L_contrastive = H(p, q) of section 2.
 
-    The report leaves p open. As in the baseline, every entry (i, j) of the (B, B) logits whose clip
-    and caption belong together counts twice: with -log softmax along row i, over all captions, and
-    with -log softmax along column j, over all clips. The loss is the mean of all these values, so
-    every match has the same weight, and a row with several matches has more.
+    The report leaves p open. Here, as in the baseline, entry (i, j) of the (B, B) logits is a match
+    if clip i and caption j belong together. Each match gives two values: its -log softmax within
+    row i, over all captions, and its -log softmax within column j, over all clips. The loss is the
+    mean of these values over all matches, so a row with several matches weighs more than a row
+    with one.
 
     Args:
         audio, text: (B, D), row i of each is pair i.
@@ -48,8 +50,8 @@ def distillation_loss(
 
     The report prints H(p^, p^), which does not depend on the student. Primus et al. (DCASE 2024
     workshop) give H(p^, q): q is the softmax of the student's logits, p^ that of the teachers' mean
-    logits, with the student's tau in both. The loss is the mean of two directions: the softmax over
-    all captions of each clip, and the softmax over all clips of each caption.
+    logits, with the student's tau in both. The loss is the mean of two directions: for each clip
+    the softmax over all captions of the batch, and for each caption the softmax over all clips.
 
     Args:
         audio, text: (B, D), the student's.

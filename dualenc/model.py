@@ -3,8 +3,8 @@
     sound   -> 10 s segments -> PaSST -> linear -> mean over the clip's segments -> unit norm
     caption -> tokens        -> RoBERTa's <s>   -> linear                        -> unit norm
 
-C clips of a batch, S segments of all of them, N sounds of a user's, Q captions, L tokens, B_r pairs
-of one process's share of a batch, D = 1024 values of an embedding, n samples.
+C clips of a batch, S segments of all of them, N sounds that embed_audio is given, Q captions,
+L tokens, B_r pairs of one process's share of a batch, D = 1024 values of an embedding, n samples.
 """
 
 import contextlib
@@ -73,8 +73,8 @@ ROBERTA_SIZES = (  # by transformers' names
 )
 PRESETS = {
     "report": DualEncoderConfig(),
-    # The same code in small, for CPUs, on which narrower patches than the report's 16 frames have a
-    # slow gradient.
+    # The same code in small, for CPUs. A patch spans all 128 bands, so that there are few patches,
+    # and as in the report 16 frames: the backward pass of narrower ones is slow on a CPU.
     "tiny": DualEncoderConfig(
         preset="tiny", audio_width=96, audio_depth=2, audio_heads=3, patch=(128, 16),
         patchout=(0, 15), vocab_size=1000, hidden_size=96, num_hidden_layers=2,
@@ -91,14 +91,14 @@ class DualEncoder(nn.Module):
     encode_audio, encode_text and encode_pairs are for training: they take tensors of a batch, and
     gradients flow through them. embed_audio and embed_text are for users: they take sounds and
     sentences, and return float32 on the CPU. project_segments leaves out the mean over a clip's
-    segments, since the search keeps single segments.
+    segments: it serves dualenc.search, which also tells where in a sound a sentence fits best.
     """
 
     def __init__(self, config: DualEncoderConfig, tokenizer: Tokenizer):
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer
-        # The names of the splits that the weights were trained on, or their teachers' weights.
+        # The names of all splits that these weights, or those of their teachers, were trained on.
         self.trained_on: list[str] = []
         self.stage = "contrastive"  # or "distilled"
         self.precision: torch.dtype | None = None  # the towers' autocast type; None is float32
@@ -153,8 +153,8 @@ class DualEncoder(nn.Module):
         pieces = []
         # The batch is cut up on the CPU, since cutting it on a GPU would force a sync.
         for piece in batch.pieces(micro_batch):
-            # The tensors are arguments of their own, since random numbers are drawn again on the
-            # device that is found among the arguments.
+            # The tensors are passed one by one, not in a Batch: torch restores the random state of
+            # the devices on which it finds an argument, and does not look into a Batch.
             inputs = piece.inputs(self.device)
             pieces.append(recompute_in_backward(encode, *inputs, use_reentrant=False))
         audio, text = zip(*pieces, strict=True)
@@ -364,6 +364,7 @@ def _waveform(sound: Sound, rate: int) -> np.ndarray:
         raise InputError(
             f"a waveform of {waveform.dtype}: int16, or finite floats in -1..1, are needed"
         )
+    # Float files, and resampling, may exceed full scale.
     return within_full_scale(crop(resample(waveform.astype(np.float32), rate)))
 
 

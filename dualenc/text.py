@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-import transformers  # It imports RobertaModel, which takes seconds, when that is first used.
+import transformers  # It puts off importing RobertaModel, which takes seconds, to its first use.
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, processors
@@ -63,7 +63,7 @@ def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
         InputError: it cannot be read or fetched, or is another model's.
     """
     remedy = "with --tokenizer, name a folder that save_pretrained wrote"
-    tokenizer = _published(transformers.AutoTokenizer, source, remedy)
+    tokenizer = _from_pretrained(transformers.AutoTokenizer, source, remedy)
     return set_truncation(tokenizer.backend_tokenizer)
 
 
@@ -103,20 +103,20 @@ def published_roberta(source: str) -> "transformers.RobertaModel":
         "needs none"
     )
     options = dict(add_pooling_layer=False, output_loading_info=True)
-    model, info = _published(transformers.RobertaModel, source, remedy, **options)
+    model, info = _from_pretrained(transformers.RobertaModel, source, remedy, **options)
     if info["missing_keys"]:  # transformers would only draw random weights for them.
         raise InputError(f"{source}: is no RoBERTa: lacks {min(info['missing_keys'])}")
     return model
 
 
-def _published(model_class: type, source: str | os.PathLike, remedy: str, **options):
+def _from_pretrained(loader: type, source: str | os.PathLike, remedy: str, **options):
     """Load with transformers from a folder, or fetch by a name; an InputError if neither can be."""
     local = Path(source).exists()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         cached_only = local or not _hub_answers()
-        return model_class.from_pretrained(str(source), local_files_only=cached_only, **options)
+        return loader.from_pretrained(str(source), local_files_only=cached_only, **options)
     except Exception as error:  # transformers passes on whatever its parsers raise.
         reason = (str(error).strip() or repr(error)).splitlines()[0].rstrip(":.")
         action = "read as a RoBERTa" if local else "fetched from the Hugging Face hub"

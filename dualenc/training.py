@@ -183,13 +183,15 @@ class Run:
             if changes:
                 headline = "holds a run with other settings; give its settings, or another --out"
                 raise InputError.of(f"{folder} {headline}", changes)
+        # The first best.pt is written just before the first last.pt. A run that was killed between
+        # the two has one validation in its log, and begins again; else best.pt is worth keeping.
         elif self.best_path.exists() and (changes or self._validations_in_log() > 1):
             raise InputError(
                 f"{folder}: holds a trained best.pt, but no last.pt to resume from; give another "
                 "--out"
             )
         elif RANK == 0:
-            # Nothing was saved, so the run begins again, and all settings may differ.
+            # There is nothing to resume, so the run begins again, and all settings may differ.
             if changes:
                 self._remove_teachers_embeddings()
             self.log_file.truncate(0)
@@ -229,13 +231,13 @@ class Run:
                 shown = "teachers" if key == "teacher_digests" else key
                 was = logged.get(shown)
                 now = settings.get(shown)
-                if was == now:
+                if was == now:  # The digests differ, the paths do not.
                     now = "files of the same names with other contents"
                 changes.append(f"{shown}: was {was}, now {now}")
         return changes
 
     def _validations_in_log(self) -> int:
-        """Count the epochs that the log tells of; a run killed in its first save has one."""
+        """Count the validations that the log tells of."""
         self.log_file.seek(0)
         _settings, *lines = self.log_file.readlines()
         return sum('"validation":' in line for line in lines)
