@@ -139,7 +139,7 @@ def embed_training_set(teacher: DualEncoder, splits: list[Split], label: str) ->
     Returns {"audio": (N, D_m), "text": (P, D_m)}, where D_m is the teacher's width.
     """
     waveforms = itertools.chain.from_iterable(split.waveforms for split in splits)
-    captions = [caption for split in splits for caption in split.captions]
+    captions = list(itertools.chain.from_iterable(split.captions for split in splits))
     clip_count = sum(len(split.clips) for split in splits)
     progress = tqdm(waveforms, label, clip_count, leave=False, disable=None)
     return {"audio": teacher.embed_audio(progress), "text": teacher.embed_text(captions)}

@@ -9,6 +9,7 @@ is trained as stage 1 is here. The same command resumes a run that was interrupt
 """
 
 import contextlib
+import itertools
 import os
 import shlex
 import sys
@@ -187,7 +188,7 @@ def main() -> int:
     torch.manual_seed(args.seed)
     with first_process_first():  # Weights may have to be downloaded.
         if init in ("pretrained", "random"):
-            captions = [caption for split in splits for caption in split.captions]
+            captions = list(itertools.chain.from_iterable(split.captions for split in splits))
             model = DualEncoder.create(args.preset, init, captions, args.text_model)
         else:
             model = DualEncoder.load(checkpoint_file(init), tokenizer=args.tokenizer)

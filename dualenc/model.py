@@ -293,7 +293,7 @@ class DualEncoder(nn.Module):
         except TypeError as error:
             raise InputError(f"{path}: is damaged or of another version ({error})") from error
         if saved["tokenizer"] is not None:
-            tokenizer = set_truncation(Tokenizer.from_str(saved["tokenizer"]))
+            tokenizer = set_truncation(Tokenizer.from_str(saved["tokenizer"]), path)
         else:
             source = tokenizer or ROBERTA
             tokenizer = load_tokenizer(source)

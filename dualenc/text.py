@@ -53,7 +53,7 @@ def train_bpe(captions: Iterable[str], vocabulary: int) -> Tokenizer:
     )
     tokenizer = Tokenizer.from_str(bpe.to_str())
     tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
-    return set_truncation(tokenizer)
+    return set_truncation(tokenizer, "the captions")
 
 
 def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
@@ -64,13 +64,13 @@ def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
     """
     remedy = "with --tokenizer, name a folder that save_pretrained wrote"
     tokenizer = _from_pretrained(transformers.AutoTokenizer, source, remedy)
-    return set_truncation(tokenizer.backend_tokenizer)
+    return set_truncation(tokenizer.backend_tokenizer, source)
 
 
-def set_truncation(tokenizer: Tokenizer) -> Tokenizer:
+def set_truncation(tokenizer: Tokenizer, source: str | os.PathLike) -> Tokenizer:
     """Set a tokenizer to truncate and not to pad; an InputError if it is not RoBERTa's."""
     if tokenizer.token_to_id("<pad>") != PAD_ID:
-        raise InputError("the tokenizer is missing or not RoBERTa's: <pad> has not the id 1")
+        raise InputError(f"{source}: its tokenizer is not RoBERTa's: <pad> has not the id {PAD_ID}")
     tokenizer.no_padding()
     tokenizer.enable_truncation(MAX_TOKENS)
     return tokenizer

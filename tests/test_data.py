@@ -183,6 +183,16 @@ def test_a_clip_that_goes_missing_moves_no_other_between_training_and_validation
     assert [clip.name for clip in validation.clips] == validation_names
 
 
+def test_the_order_of_a_csvs_rows_does_not_choose_what_is_held_out(tmp_path):
+    rows = [[f"{i}.wav", f"caption {i}"] for i in range(30)]
+    touch(*(tmp_path / name for name, _ in rows))
+    held_out = []
+    for rows_in_some_order in (rows, rows[::-1]):
+        write_csv(tmp_path / "captions.csv", ["file_name", "caption"], rows_in_some_order)
+        held_out.append({clip.name for clip in read_split(str(tmp_path), "val", tmp_path).clips})
+    assert held_out[0] == held_out[1]
+
+
 def test_a_folder_has_no_test_split(tmp_path):
     folder = write_folder(tmp_path / "mine", 3)
     with pytest.raises(InputError, match="no test split"):

@@ -268,8 +268,8 @@ def test_a_roberta_that_lacks_weights_is_refused(tmp_path):
 
 
 def test_a_tokenizer_that_is_not_robertas_is_refused():
-    with pytest.raises(InputError, match="not RoBERTa's"):
-        text.set_truncation(tokenizers.Tokenizer(tokenizers.models.BPE()))
+    with pytest.raises(InputError, match="^bert: its tokenizer is not RoBERTa's"):
+        text.set_truncation(tokenizers.Tokenizer(tokenizers.models.BPE()), "bert")
 
 
 # --- Device and precision ---
