@@ -4,9 +4,9 @@
     python benchmarks/memory.py --device cuda      # on a GPU: bf16, measured beside the prediction
     MALLOC_MMAP_THRESHOLD_=65536 python benchmarks/memory.py --measure fp32    # on a CPU; 10 GiB
 
-64 pairs, half of the clips of 10 s and half of 15 to 30 s. To predict, the step is taken on tensors
-without memory, whose storages are noted as they come and go. (malloc is told to give back what is
-freed.)
+64 pairs, whose clips last 15 to 30 s, as Clotho's, or of whose clips half last 10 s, as AudioCaps'.
+To predict, the step is taken on tensors without memory, whose storages are noted as they come and
+go. (malloc is told to give back what is freed.)
 """
 
 import contextlib
@@ -36,21 +36,20 @@ TOKENS = 24
 PIECES = (64, 32, 16, 8, 4)  # pairs encoded at a time; 64 is the whole batch
 TEACHERS = 4
 CLIPS, CAPTIONS = 3839, 19_195  # of Clotho's training split, which the teachers have embedded
-CARDS = (8, 11, 16, 24, 40, 80)  # GB of the cards that people have
+CARDS = (8, 11, 16, 24, 40, 80)  # GiB of the cards that people have, which are sold as so many GB
 SPARE = 1  # GiB for CUDA itself, cuBLAS and fragmentation
 GIB = 2**30
 # One for all predictions, since the mel filters are kept between them.
 WITHOUT_MEMORY = FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def make_batch() -> Batch:
-    rng = np.random.default_rng(0)
-    clotho = rng.uniform(15, 30, PAIRS)
-    durations_s = np.where(np.arange(PAIRS) % 2, 10, clotho)
+def make_batch(durations_s: np.ndarray) -> Batch:
     return batch_of(random_clips(durations_s.tolist()), torch.full((PAIRS, TOKENS), 5))
 
 
-BATCH = make_batch()
+CLOTHO_SECONDS = np.random.default_rng(0).uniform(15, 30, PAIRS)
+CLOTHO = make_batch(CLOTHO_SECONDS)
+BOTH_SETS = make_batch(np.where(np.arange(PAIRS) % 2, 10, CLOTHO_SECONDS))
 
 
 # --- The work whose memory is told ---
@@ -64,7 +63,8 @@ def make_model(precision: torch.dtype | None, device: str) -> DualEncoder:
 
 
 def training_step(
-    precision: torch.dtype | None, pieces: list[Batch], teachers: int, device: str = "cpu"
+    precision: torch.dtype | None, batch: Batch, pieces: list[Batch], teachers: int,
+    device: str = "cpu",
 ) -> None:
     """Make one step of the report's model, AdamW's state being there already."""
     model = make_model(precision, device).train()
@@ -77,10 +77,10 @@ def training_step(
     teacher_text = [torch.ones(CAPTIONS, 1024, device=device) for _ in range(teachers)]
 
     # The batch is cut into pieces beforehand: that reads values, which not every tensor here has.
-    batch = SimpleNamespace(inputs=BATCH.inputs, pieces=lambda pairs: pieces)
+    cut_batch = SimpleNamespace(inputs=batch.inputs, pieces=lambda pairs: pieces)
     micro_batch = len(pieces[0].tokens) if len(pieces) > 1 else None
-    audio, text = model.encode_pairs(batch, micro_batch)
-    clip_ids = BATCH.clip_ids.to(device)
+    audio, text = model.encode_pairs(cut_batch, micro_batch)
+    clip_ids = batch.clip_ids.to(device)
     loss = contrastive_loss(audio, text, clip_ids, model.tau)
     if teachers:
         batch_audio = [embeddings[clip_ids] for embeddings in teacher_audio]
@@ -149,7 +149,8 @@ def predict(work: Callable, precision: torch.dtype | None, *arguments, as_gpu: b
         work(precision, *arguments)
     highest = peak.highest
     if as_gpu and work is training_step:
-        highest += BATCH.segments.nbytes  # a real tensor here, a copy of it on a GPU
+        batch, *_ = arguments
+        highest += batch.segments.nbytes  # a real tensor here, a copy of it on a GPU
     return highest / GIB
 
 
@@ -171,7 +172,7 @@ def measure_cpu(precision: torch.dtype | None) -> float:
     """Return the peak in GiB by which this process grows in a step in pieces of 8 pairs."""
     status = Path("/proc/self/status").read_text()
     before_kib = int(status.split("VmRSS:")[1].split()[0])
-    training_step(precision, list(BATCH.pieces(8)), 0)
+    training_step(precision, BOTH_SETS, list(BOTH_SETS.pieces(8)), 0)
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return (peak_kib - before_kib) * 1024 / GIB
 
@@ -181,13 +182,15 @@ def main() -> None:
     if args.measure:
         precision = PRECISIONS[args.measure]
         measured = measure_cpu(precision)
-        predicted = predict(training_step, precision, list(BATCH.pieces(8)), 0, as_gpu=False)
+        pieces = list(BOTH_SETS.pieces(8))
+        predicted = predict(training_step, precision, BOTH_SETS, pieces, 0, as_gpu=False)
         print(f"{args.measure} on a CPU, pieces of 8: {measured:.2f} GiB more than before the step,"
               f" {predicted:.2f} were predicted")
         return
 
     device = choose_device(args.device)
-    print(f"{PAIRS} pairs ({len(BATCH.segments)} segments, {TOKENS} tokens), GiB, predicted")
+    print(f"{PAIRS} pairs of {TOKENS} tokens; {len(CLOTHO.segments)} segments of Clotho, "
+          f"{len(BOTH_SETS.segments)} of both sets; GiB, predicted")
     pieces_of = PIECES
     precisions = ["bf16", "fp32"]
     if device.type == "cuda":
@@ -196,15 +199,18 @@ def main() -> None:
         pieces_of = (64, 16, 4)
         precisions = ["bf16"]
     works = []
-    for stage, teachers in ((1, 0), (2, TEACHERS)):
+    for data, batch, teachers in (
+        ("stage 1, both sets", BOTH_SETS, 0), ("stage 1, Clotho", CLOTHO, 0),
+        ("stage 2, Clotho", CLOTHO, TEACHERS),
+    ):
         for pairs in pieces_of:
-            label = f"stage {stage}, pieces of {pairs}"
-            works.append((label, training_step, list(BATCH.pieces(pairs)), teachers))
+            label = f"{data}, pieces of {pairs}"
+            works.append((label, training_step, batch, list(batch.pieces(pairs)), teachers))
     works.append(("embedding", embedding))
     for name in precisions:
         for label, work, *arguments in works:
             predicted = predict(work, PRECISIONS[name], *arguments)
-            line = f"{name}  {label:24}{predicted:7.1f}"
+            line = f"{name}  {label:34}{predicted:7.1f}"
             if device.type == "cuda":
                 line += f"{measure_cuda(work, PRECISIONS[name], *arguments):7.1f}"
             card = next(size for size in CARDS if size >= predicted + SPARE)
