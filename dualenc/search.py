@@ -503,6 +503,10 @@ class StoredIndex:
         are_many = bool(self._arrived) and len(self._part_files) > MAX_PARTS
         if are_many or (prune and is_something_forgotten):
             self.merge()
+        if prune and self.folder is not None:
+            # All that is there is embedded by now, so these are of files that are gone.
+            for unfinished_file in self.folder.glob("*.unfinished"):
+                unfinished_file.unlink(missing_ok=True)
 
     def merge(self) -> None:
         """Replace all parts by one, without what no longer belongs to any file."""
@@ -514,9 +518,6 @@ class StoredIndex:
         self._write(self.files, contents, segments)
         for part_file in old_part_files:
             part_file.unlink(missing_ok=True)
-        # All that is there is embedded by now: what is left belongs to files that are gone.
-        for unfinished_file in self.folder.glob("*.unfinished"):
-            unfinished_file.unlink(missing_ok=True)
 
     def _write(
         self, files: dict[str, File | None], contents: dict[str, Content], segments: Tensor

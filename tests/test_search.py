@@ -734,9 +734,19 @@ def test_a_recording_that_changed_after_an_interruption_is_embedded_anew(
     write_wav(long_sounds / "recording.wav", noise(65, 2))
     index = build(tiny_model, long_sounds)
     assert torch.equal(index.vectors(), SoundIndex.build(tiny_model, long_sounds).vectors())
-    build(tiny_model, long_sounds)
+
+
+def test_prune_drops_what_an_interruption_left_of_a_recording_that_is_gone(
+    tiny_model, long_sounds, interrupt_at
+):
+    write_wav(long_sounds / "another.wav", noise(1, 3))
+    interrupt_at(5)
+    with pytest.raises(KeyboardInterrupt):
+        build(tiny_model, long_sounds)
+    interrupt_at(None)
     (long_sounds / "recording.wav").unlink()
-    write_wav(long_sounds / "other.wav", noise(1, 3))
+    build(tiny_model, long_sounds)
+    assert len(unfinished_files(long_sounds)) == 1
     build(tiny_model, long_sounds, prune=True)
     assert unfinished_files(long_sounds) == []
 
