@@ -117,6 +117,7 @@ def rehearsal(tmp_path_factory) -> Path:
     write_stand_ins(folder, 1, SMALL)
     with pytest.MonkeyPatch.context() as patch, open(folder / "printed.txt", "w") as printed:
         patch.setitem(PRESETS, "report", dataclasses.replace(PRESETS["report"], audio_depth=1))
+        patch.setattr(train, "write_curves", lambda folders, path: None)  # They take seconds.
         patch.setenv("TORCH_HOME", str(folder / "torch"))
         patch.chdir(folder)
         for command in commands(folder, "--batch-size", "8"):

@@ -30,8 +30,10 @@ def make_comparable(set_attribute: Callable) -> None:
     """Have two processes take the steps of one.
 
     Dropout, patchout and jitter are off, since processes draw differently; and Adam, with a larger
-    epsilon, does not make a whole step of a gradient that is rounding.
+    epsilon, does not make a whole step of a gradient that is rounding. Learning curves, which take
+    longer than the steps, are not drawn.
     """
+    set_attribute(train, "write_curves", lambda folders, path: None)
     set_attribute(DualEncoder, "train", lambda self, mode=True: nn.Module.train(self, False))
     set_attribute(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, eps=1e-5))
 
