@@ -1,14 +1,17 @@
 """What several tests share: sounds written by the standard library, a tiny model, small data."""
 
 import csv
+import functools
 import os
 import signal
 import wave
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -35,8 +38,18 @@ def restored_signals():
         signal.signal(number, handler)
 
 
+# --- Files ---
+
+
+def touch(*paths: Path) -> None:
+    """Make empty files, and the folders in which they lie."""
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
 def write_wav(path: Path, waveform: np.ndarray, rate: int = 32_000) -> Path:
-    """(n,) or (n, channels) float in -1..1 -> a 16-bit wav file."""
+    """Write (n,) or (n, channels), float in -1..1, as a 16-bit wav file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1 if waveform.ndim == 1 else waveform.shape[1])
@@ -58,8 +71,13 @@ def write_csv(path: Path, header: list[str], rows: list[list[str]]) -> Path:
     return path
 
 
+def write_annotations(path: Path, rows: list[list[str]]) -> Path:
+    """Write new annotations: a query and its relevant files, a list or one name, in each row."""
+    return write_csv(path, ["query", "audio_filenames"], rows)
+
+
 def write_folder(folder: Path, clips: int, captions: int = 2, seconds: float = 1.0) -> Path:
-    """A folder of one's own: sounds of noise and a captions.csv."""
+    """Write a folder of one's own: sounds of noise and a captions.csv."""
     rows = []
     for i in range(clips):
         write_wav(folder / f"{i}.wav", noise(seconds, seed=i))
@@ -69,7 +87,37 @@ def write_folder(folder: Path, clips: int, captions: int = 2, seconds: float = 1
     return folder
 
 
+# --- Models and training ---
+
+
 @pytest.fixture(scope="session")
 def tiny_model() -> DualEncoder:
     torch.manual_seed(0)
     return DualEncoder.create("tiny", "random", CAPTIONS).eval()
+
+
+def make_comparable(set_attribute: Callable) -> None:
+    """Have two ways of training take the same steps, up to rounding.
+
+    Dropout, patchout and jitter are off; and Adam, with a larger epsilon, does not make a whole
+    step of a gradient that is rounding.
+
+    Args:
+        set_attribute: setattr, or the one of a monkeypatch.
+    """
+    set_attribute(DualEncoder, "train", lambda self, mode=True: nn.Module.train(self, False))
+    set_attribute(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, eps=1e-5))
+
+
+def note_draws(set_attribute: Callable) -> list[float]:
+    """Return a list that receives, at every training step, a number that dropout might draw."""
+    draws = []
+    encode_pairs = DualEncoder.encode_pairs
+
+    def encode_and_draw(self, *arguments):
+        with torch.random.fork_rng(devices=[]):
+            draws.append(torch.rand(1).item())
+        return encode_pairs(self, *arguments)
+
+    set_attribute(DualEncoder, "encode_pairs", encode_and_draw)
+    return draws

@@ -16,7 +16,7 @@ TINY = PRESETS["tiny"]
 
 
 def ramp(samples: int, first: int = 1) -> np.ndarray:
-    """Whole numbers from first on, (n,) int32: every sample tells its place."""
+    """Return whole numbers from first on, (n,) int32: every sample tells where it stood."""
     return np.arange(first, first + samples, dtype=np.int32)
 
 
@@ -145,7 +145,8 @@ def test_patchout_and_jitter_are_for_training_only(tower):
     segments = torch.from_numpy(noise(10))[None]
     assert tower(segments).equal(tower(segments))
     tower.train()
-    one, other = tower(segments), tower(segments)
+    one = tower(segments)
+    other = tower(segments)
     tower.eval()
     assert not one.equal(other)
 

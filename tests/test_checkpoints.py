@@ -1,6 +1,7 @@
 """Checkpoints: names and files, fetching from a local server, salsa's and the baseline's files."""
 
 import http.server
+import math
 import os
 import string
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CAPTIONS, noise
+from conftest import CAPTIONS, noise, touch
 from hear21passt.models.passt import PaSST
 from hear21passt.models.preprocess import AugmentMelSTFT
 from torch.nn.functional import normalize
@@ -53,7 +54,7 @@ NOT_USED = {
 
 @pytest.fixture(scope="module")
 def original():
-    """The parts of both published models, put together from the libraries that they use."""
+    """Put the parts of both published models together from the libraries that they use."""
     torch.manual_seed(0)
     mel = AugmentMelSTFT(freqm=0, timem=0, fmin_aug_range=10, fmax_aug_range=2000)
     passt = PaSST(
@@ -68,7 +69,7 @@ def original():
 
 @pytest.fixture(scope="module")
 def roberta_folder(original, tmp_path_factory):
-    """A folder as save_pretrained writes it."""
+    """Write the RoBERTa and its tokenizer into a folder by save_pretrained."""
     folder = tmp_path_factory.mktemp("roberta")
     original.roberta.save_pretrained(folder)
     tokenizer = DualEncoder.create("tiny", "random", SENTENCES).tokenizer
@@ -97,14 +98,15 @@ def published_file(request, original, tmp_path):
 
 @torch.no_grad()
 def by_the_original(original, sounds, sentences, tokenizer):
-    """Clips padded to three segments, those without sound left out; words padded to 32 tokens."""
+    """Embed clips padded to three segments, leaving out silent ones; words padded to 32 tokens."""
     features = []
     for sound in sounds:
         padded = np.pad(sound, (0, 960_000 - len(sound)))
         mel = original.mel(torch.from_numpy(padded).view(3, 320_000))[:, None]
-        segments_with_sound = -(-len(sound) // 320_000)
+        segments_with_sound = math.ceil(len(sound) / 320_000)
         features.append(original.passt(mel)[1][:segments_with_sound].mean(0))
-    plain = [s.lower().translate(str.maketrans("", "", string.punctuation)) for s in sentences]
+    no_punctuation = str.maketrans("", "", string.punctuation)
+    plain = [sentence.lower().translate(no_punctuation) for sentence in sentences]
     tokens = tokenizer(
         plain, padding="max_length", truncation=True, max_length=32, return_tensors="pt"
     )
@@ -129,10 +131,10 @@ def test_sizes_follow_from_the_weights(published_file):
     }
 
 
-def test_salsas_model_is_a_student_and_the_baselines_is_not(original, tmp_path):
-    for form, stage in (("salsa", "distilled"), ("baseline", "contrastive")):
-        torch.save({"state_dict": original_weights(original, form)}, tmp_path / "a.ckpt")
-        assert read_checkpoint(tmp_path / "a.ckpt")["stage"] == stage
+@pytest.mark.parametrize("form, stage", [("salsa", "distilled"), ("baseline", "contrastive")])
+def test_salsas_model_is_a_student_and_the_baselines_is_not(original, tmp_path, form, stage):
+    torch.save({"state_dict": original_weights(original, form)}, tmp_path / "a.ckpt")
+    assert read_checkpoint(tmp_path / "a.ckpt")["stage"] == stage
 
 
 @pytest.mark.parametrize("settings, others", [
@@ -141,7 +143,7 @@ def test_salsas_model_is_a_student_and_the_baselines_is_not(original, tmp_path):
     (dict(audiocaps=True, wavcaps=False), ["audiocaps/train"]),
     (dict(audiocaps=False, wavcaps=True), ["wavcaps/train"]),
 ])
-def test_clotho_was_seen_and_so_were_the_others_unless_left_out(
+def test_clotho_was_trained_on_and_so_were_the_others_unless_the_file_says_not(
     original, tmp_path, settings, others
 ):
     saved = {"state_dict": original_weights(original, "salsa")}
@@ -151,7 +153,7 @@ def test_clotho_was_seen_and_so_were_the_others_unless_left_out(
     assert read_checkpoint(tmp_path / "a.ckpt")["trained_on"] == ["clotho/development", *others]
 
 
-def test_what_compiled_the_weights_does_not_matter(original, tmp_path):
+def test_weights_of_a_compiled_model_are_read_as_those_of_a_plain_one(original, tmp_path):
     weights = original_weights(original, "baseline")
     compiled = {}
     for name, values in weights.items():
@@ -164,22 +166,24 @@ def test_what_compiled_the_weights_does_not_matter(original, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["project_audio.2.weight", "scale", "tau_of_text"])
-def test_a_weight_that_is_not_known_is_an_error_that_names_it(original, tmp_path, name):
+def test_a_weight_that_is_not_known_is_refused_by_its_name(original, tmp_path, name):
     weights = original_weights(original, "salsa") | {name: torch.ones(1)}
     torch.save({"state_dict": weights}, tmp_path / "a.ckpt")
     with pytest.raises(InputError, match=f"a.ckpt: .*{name}"):
         DualEncoder.load(tmp_path / "a.ckpt")
 
 
-@pytest.mark.parametrize("name", ["project_audio.0.weight", "project_sentence.0.bias", "tau"])
-def test_a_weight_that_lacks_is_an_error_that_names_it(
-    original, roberta_folder, tmp_path, name
+@pytest.mark.parametrize("name, our_name", [
+    ("project_audio.0.weight", "audio_projection.weight"),
+    ("project_sentence.0.bias", "text_projection.bias"),
+    ("tau", "tau"),
+])
+def test_a_file_without_one_of_the_weights_is_refused_with_our_name_of_it(
+    original, roberta_folder, tmp_path, name, our_name
 ):
     weights = original_weights(original, "salsa")
     del weights[name]
     torch.save({"state_dict": weights}, tmp_path / "a.ckpt")
-    our_name = name.replace("project_audio.0", "audio_projection")
-    our_name = our_name.replace("project_sentence.0", "text_projection")
     with pytest.raises(InputError, match=f"a.ckpt: .*{our_name}"):
         DualEncoder.load(tmp_path / "a.ckpt", tokenizer=roberta_folder)
 
@@ -210,30 +214,34 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path, monkeypatch):
 
 # --- Files that are no checkpoints ---
 
-def test_what_is_no_checkpoint_is_said(tmp_path):
-    torch.save([1, 2], tmp_path / "list.pt")
-    torch.save({"weight": torch.ones(1)}, tmp_path / "weights.pt")
-    for name in ("list.pt", "weights.pt"):
-        with pytest.raises(InputError, match=f"^{tmp_path}/{name}: is no checkpoint of dualenc"):
-            read_checkpoint(tmp_path / name)
+@pytest.mark.parametrize("content", [[1, 2], {"weight": torch.ones(1)}])
+def test_what_torch_saved_but_is_no_checkpoint_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(InputError, match=f"^{tmp_path}/a.pt: is no checkpoint of dualenc"):
+        read_checkpoint(tmp_path / "a.pt")
 
 
-def test_a_damaged_file_is_said(tiny_model, tmp_path):
+def test_a_damaged_file_is_refused(tiny_model, tmp_path):
     torch.save(tiny_model.checkpoint(), tmp_path / "a.pt")
     os.truncate(tmp_path / "a.pt", 9999)
     with pytest.raises(InputError, match=f"^{tmp_path}/a.pt: is damaged or no checkpoint .*$"):
         read_checkpoint(tmp_path / "a.pt")
 
 
-@pytest.mark.parametrize("changes, reason", [
-    ({"model": {}}, "Missing key"), ({"config": {"depth": 2}}, "depth"),
-    ({"config": {"audio_width": 48}}, "size mismatch"),
+def test_a_checkpoint_without_weights_is_refused(tiny_model, tmp_path):
+    torch.save(tiny_model.checkpoint() | {"model": {}}, tmp_path / "a.pt")
+    with pytest.raises(InputError, match=f"^{tmp_path}/a.pt: .*Missing key.*$"):
+        DualEncoder.load(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("setting, reason", [
+    ({"depth": 2}, "depth"),  # not known
+    ({"audio_width": 48}, "size mismatch"),  # not the weights'
 ])
-def test_a_checkpoint_whose_parts_do_not_fit_is_said(tiny_model, tmp_path, changes, reason):
+def test_a_checkpoint_whose_settings_do_not_fit_is_refused(tiny_model, tmp_path, setting, reason):
     saved = tiny_model.checkpoint()
-    if "config" in changes:
-        changes = {"config": saved["config"] | changes["config"]}
-    torch.save(saved | changes, tmp_path / "a.pt")
+    saved["config"] = saved["config"] | setting
+    torch.save(saved, tmp_path / "a.pt")
     with pytest.raises(InputError, match=f"^{tmp_path}/a.pt: .*{reason}.*$"):
         DualEncoder.load(tmp_path / "a.pt")
 
@@ -241,25 +249,30 @@ def test_a_checkpoint_whose_parts_do_not_fit_is_said(tiny_model, tmp_path, chang
 # --- Names and paths ---
 
 def test_a_runs_folder_stands_for_its_best(tmp_path):
-    (tmp_path / "best.pt").touch()
-    (tmp_path / "last.pt").touch()
+    touch(tmp_path / "best.pt", tmp_path / "last.pt")
     assert checkpoint_file(tmp_path) == tmp_path / "best.pt"
+
+
+def test_a_path_names_its_file(tmp_path):
+    touch(tmp_path / "best.pt", tmp_path / "last.pt")
     assert checkpoint_file(str(tmp_path / "last.pt")) == tmp_path / "last.pt"
 
 
-def test_a_path_without_a_file_is_said(tmp_path):
-    for path, line in ((tmp_path / "none.pt", "none.pt"), (tmp_path, "best.pt")):
-        with pytest.raises(InputError, match=f"^{tmp_path}/{line}: no such checkpoint file$"):
-            checkpoint_file(path)
+def test_a_file_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(InputError, match=f"^{tmp_path}/none.pt: no such checkpoint file$"):
+        checkpoint_file(tmp_path / "none.pt")
 
 
-def test_a_file_or_folder_named_salsa_goes_first(tmp_path, monkeypatch):
+def test_a_folder_without_best_pt_is_refused(tmp_path):
+    with pytest.raises(InputError, match=f"^{tmp_path}/best.pt: no such checkpoint file$"):
+        checkpoint_file(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["salsa", "salsa/best.pt"])
+def test_a_file_or_folder_named_salsa_goes_before_the_published_one(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
-    Path("salsa").touch()
-    assert checkpoint_file("salsa") == Path("salsa")
-    os.mkdir("baseline")
-    Path("baseline/best.pt").touch()
-    assert checkpoint_file("baseline") == Path("baseline/best.pt")
+    touch(Path(path))
+    assert checkpoint_file("salsa") == Path(path)
 
 
 def test_the_newest_checkpoint_is_the_one_written_last(tmp_path):
@@ -295,7 +308,7 @@ def test_what_was_saved_stays_where_the_disk_is_full(tmp_path, monkeypatch):
 # --- Fetching published weights, from a server of our own ---
 
 class Server:
-    """An HTTP server whose files are bytes; `behaviour` is how it sends the last one."""
+    """An HTTP server of files that are bytes, of which it sends the last one by its behaviour."""
 
     def __init__(self):
         self.files: dict[str, bytes] = {}
@@ -356,7 +369,7 @@ def publish(server, monkeypatch, original, tmp_path, parts: int = 5) -> bytes:
     path = tmp_path / "published.ckpt"
     torch.save({"state_dict": original_weights(original, "salsa")}, path)
     content = path.read_bytes()
-    size = -(-len(content) // parts)
+    size = math.ceil(len(content) / parts)
     for number in range(parts):
         server.files[f"/part.{number}"] = content[number * size : (number + 1) * size]
     monkeypatch.setitem(PUBLISHED, "salsa", PUBLISHED["salsa"]._replace(urls=server.urls()))
@@ -385,7 +398,7 @@ def test_what_was_fetched_is_not_fetched_again(server, monkeypatch, original, tm
     assert checkpoint_file("salsa") == first
 
 
-def test_address_and_size_are_said_before_the_bar(server, monkeypatch, original, tmp_path, capfd):
+def test_address_and_size_are_reported_first(server, monkeypatch, original, tmp_path, capfd):
     content = publish(server, monkeypatch, original, tmp_path)
     checkpoint_file("salsa")
     first_line = capfd.readouterr().err.splitlines()[0]
@@ -423,9 +436,11 @@ def test_passt_is_fetched_the_same_way(server, hub, monkeypatch, original, tmp_p
     monkeypatch.setattr(checkpoints, "PASST", PASST._replace(urls=server.urls()))
     weights = published_passt()
     assert os.listdir(hub) == ["passt-s-f128-p16-s16-ap.468.pt"]
-    for name, values in original.passt.state_dict().items():
-        assert name.startswith("head") or torch.equal(weights.pop(name), values)
-    assert not weights  # without the classifiers
+    expected = original.passt.state_dict()
+    without_classifiers = {name for name in expected if not name.startswith("head")}
+    assert weights.keys() == without_classifiers
+    for name in weights:
+        assert torch.equal(weights[name], expected[name]), name
 
 
 def test_passt_that_cannot_be_reached_names_the_way_without(monkeypatch, tmp_path):
@@ -435,16 +450,22 @@ def test_passt_that_cannot_be_reached_names_the_way_without(monkeypatch, tmp_pat
         published_passt()
 
 
+def read_salsa():
+    return read_checkpoint("salsa")
+
+
+@pytest.mark.parametrize("published, read", [
+    (PUBLISHED["salsa"], read_salsa), (PASST, published_passt),
+])
 @pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html></html>", b"PK\3\4" + bytes(99)])
-def test_a_broken_published_file_is_one_line_that_says_what_to_do(server, hub, content):
-    for published, load in (
-        (PUBLISHED["salsa"], lambda: read_checkpoint("salsa")), (PASST, published_passt),
-    ):
-        path = hub / published.file_name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-        with pytest.raises(InputError, match=f"^{path}: is damaged.*; delete it and run again.*$"):
-            load()
+def test_a_broken_published_file_is_one_line_that_says_what_to_do(
+    server, hub, published, read, content
+):
+    path = hub / published.file_name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"^{path}: is damaged.*; delete it and run again.*$"):
+        read()
 
 
 def test_the_addresses_are_those_that_the_authors_name():
@@ -465,10 +486,12 @@ def test_published_weights_begin_the_reports_model_and_nothing_is_printed(
     capfd.readouterr()
     model = DualEncoder.create("report", "pretrained", [], str(roberta_folder))
     assert capfd.readouterr() == ("", "")
+    passt = original.passt.state_dict()
     for name, weights in model.audio.passt.state_dict().items():
-        assert torch.equal(weights, original.passt.state_dict()[name]), name
+        assert torch.equal(weights, passt[name]), name
+    roberta = original.roberta.state_dict()
     for name, weights in model.text.roberta.state_dict().items():
-        assert torch.equal(weights, original.roberta.state_dict()[name]), name
+        assert torch.equal(weights, roberta[name]), name
 
 
 # --- Tokenizers ---
@@ -495,12 +518,29 @@ def test_a_tokenizer_with_more_entries_than_the_embedding_has_rows_is_refused(
         DualEncoder.load(published_file, tokenizer=tmp_path / "large")
 
 
-def test_a_checkpoint_of_ours_needs_nothing_else(tiny_model, tmp_path):
-    tiny_model.trained_on = ["mine@1/all", "clotho/development"]
-    torch.save(tiny_model.checkpoint() | {"stage": "distilled"}, tmp_path / "best.pt")
-    loaded = DualEncoder.load(tmp_path)
-    tiny_model.trained_on = []
-    assert loaded.config == tiny_model.config and not loaded.training
-    assert (loaded.stage, loaded.trained_on) == ("distilled", ["mine@1/all", "clotho/development"])
+# --- Our own checkpoints ---
+
+SPLITS = ["mine@1/all", "clotho/development"]
+
+
+@pytest.fixture
+def loaded(tiny_model, tmp_path) -> DualEncoder:
+    """Save the tiny model as a student, and load it."""
+    saved = tiny_model.checkpoint() | {"stage": "distilled", "trained_on": SPLITS}
+    torch.save(saved, tmp_path / "best.pt")
+    return DualEncoder.load(tmp_path)
+
+
+def test_a_loaded_model_is_ready_to_embed(loaded):
+    assert not loaded.training
+
+
+def test_a_loaded_model_has_the_sizes_stage_and_splits_that_were_saved(loaded, tiny_model):
+    assert loaded.config == tiny_model.config
+    assert loaded.stage == "distilled"
+    assert loaded.trained_on == SPLITS
+
+
+def test_a_loaded_model_embeds_as_the_saved_one(loaded, tiny_model):
     assert torch.equal(loaded.embed_audio(noise(1)), tiny_model.embed_audio(noise(1)))
     assert torch.equal(loaded.embed_text(CAPTIONS), tiny_model.embed_text(CAPTIONS))

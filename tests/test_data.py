@@ -10,26 +10,23 @@ import tracemalloc
 import unicodedata
 from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import CAPTIONS, noise, write_csv, write_folder, write_wav
+from conftest import (
+    CAPTIONS, noise, touch, write_annotations, write_csv, write_folder, write_wav,
+)
 
 from dualenc import data
 from dualenc.audio import SEGMENT_SAMPLES
 from dualenc.data import PairBatches, decode_splits, read_split, training_splits, was_seen
-from dualenc.decoding import INT16_SCALE, SAMPLE_RATE, load_audio, to_int16
+from dualenc.decoding import INT16_SCALE, SAMPLE_RATE
 from dualenc.errors import InputError
 from dualenc.text import normalise, train_bpe
 
 CLOTHO_COLUMNS = ["file_name", "caption_1", "caption_2", "caption_3", "caption_4", "caption_5"]
 AUDIOCAPS_COLUMNS = ["audiocap_id", "youtube_id", "start_time", "caption"]
-
-
-def touch(*paths: Path) -> None:
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
 
 
 def write_level(path: Path, level: int) -> None:
@@ -127,12 +124,12 @@ def test_clotho_has_no_split_of_all_clips(tmp_path):
         read_split("clotho", "all", tmp_path)
 
 
-def test_a_data_set_that_is_not_there_is_said_with_an_example(tmp_path):
+def test_a_data_set_that_is_not_there_is_reported_with_an_example(tmp_path):
     with pytest.raises(InputError, match=r"no clotho here: looked for .*clotho_captions_eval"):
         read_split("clotho", "test", tmp_path)
 
 
-def test_sounds_that_are_not_there_are_said_with_one_that_is(tmp_path):
+def test_sounds_that_are_not_there_are_reported_with_one_that_is(tmp_path):
     write_csv(tmp_path / "captions.csv", ["file_name", "caption"], [["gone.wav", "rain"]])
     touch(tmp_path / "there.wav")
     with pytest.raises(InputError, match=r"looked for gone\.wav.*there is there\.wav"):
@@ -240,7 +237,9 @@ def test_an_empty_row_as_excel_leaves_it_is_none(tmp_path):
 
 
 @pytest.mark.parametrize("second_line", ["and a cat meows", "and a cat, and a goose, and a cow"])
-def test_audiocaps_rows_that_were_broken_in_two_are_said_to_be_mended(tmp_path, second_line):
+def test_audiocaps_rows_that_were_broken_in_two_are_refused_with_the_remedy(
+    tmp_path, second_line
+):
     table = tmp_path / "AUDIOCAPS/csv_files_v2/train.csv"
     write_csv(table, AUDIOCAPS_COLUMNS, [["1", "xyz", "30", "a dog barks"]])
     with open(table, "a") as file:
@@ -276,6 +275,12 @@ def write_clotho_and_audiocaps(data_dir: Path) -> None:
         write_csv(data_dir / f"AUDIOCAPS/{part}.csv", AUDIOCAPS_COLUMNS, rows)
 
 
+def dataset_and_part(split: data.Split) -> tuple[str, str]:
+    """Return a folder's name and its part, which stand around the digest in a split's name."""
+    folder, _, digest_and_part = split.name.partition("@")
+    return folder, digest_and_part.rpartition("/")[2]
+
+
 def test_audiocaps_splits_are_merged_for_training_and_clotho_validates(tmp_path):
     write_clotho_and_audiocaps(tmp_path)
     splits, validation = training_splits(["clotho", "audiocaps"], None, tmp_path)
@@ -289,7 +294,7 @@ def test_the_first_folder_validates_and_the_others_are_trained_on_whole(tmp_path
     second = write_folder(tmp_path / "second", 6)
     splits, validation = training_splits([str(first), str(second)], None, tmp_path)
     assert [len(split.clips) for split in splits] == [2, 6]
-    assert validation.name.startswith("first@") and validation.name.endswith("/val")
+    assert dataset_and_part(validation) == ("first", "val")
 
 
 def test_a_folder_can_validate_what_is_trained_on_clotho(tmp_path):
@@ -297,7 +302,7 @@ def test_a_folder_can_validate_what_is_trained_on_clotho(tmp_path):
     folder = str(write_folder(tmp_path / "mine", 4))
     splits, validation = training_splits(["clotho"], folder, tmp_path)
     assert [split.name for split in splits] == ["clotho/development"]
-    assert validation.name.startswith("mine@") and len(validation.clips) == 2
+    assert dataset_and_part(validation) == ("mine", "val")
 
 
 def test_clotho_validates_what_is_trained_on_audiocaps_alone(tmp_path):
@@ -306,27 +311,31 @@ def test_clotho_validates_what_is_trained_on_audiocaps_alone(tmp_path):
     assert validation.name == "clotho/validation"
 
 
-@pytest.mark.parametrize("change", ["a caption", "a missing sound"])
-def test_a_split_that_changed_has_another_identity(tmp_path, change):
+def test_a_split_with_another_caption_has_another_identity(tmp_path):
     write_clotho_and_audiocaps(tmp_path)
     before = read_split("clotho", "val", tmp_path).identity
     table = tmp_path / "clotho_captions_validation.csv"
-    if change == "a caption":
-        table.write_text(table.read_text().replace("level 208 caption 0", "rain"))
-    else:
-        os.remove(tmp_path / "validation/208.wav")
+    table.write_text(table.read_text().replace("level 208 caption 0", "rain"))
     assert read_split("clotho", "val", tmp_path).identity != before
 
 
-@pytest.mark.parametrize(
-    ("datasets", "validation"), [(["clotho", "clotho"], None), (["audiocaps"], "audiocaps")]
-)
-def test_nothing_is_trained_on_twice_or_validates_what_it_is_trained_on(
-    tmp_path, datasets, validation
-):
+def test_a_split_of_which_a_sound_is_gone_has_another_identity(tmp_path):
     write_clotho_and_audiocaps(tmp_path)
-    with pytest.raises(InputError, match="--datasets"):
-        training_splits(datasets, validation, tmp_path)
+    before = read_split("clotho", "val", tmp_path).identity
+    os.remove(tmp_path / "validation/208.wav")
+    assert read_split("clotho", "val", tmp_path).identity != before
+
+
+def test_nothing_is_trained_on_twice(tmp_path):
+    write_clotho_and_audiocaps(tmp_path)
+    with pytest.raises(InputError, match="--datasets clotho clotho: names the same .* twice"):
+        training_splits(["clotho", "clotho"], None, tmp_path)
+
+
+def test_nothing_that_is_trained_on_validates(tmp_path):
+    write_clotho_and_audiocaps(tmp_path)
+    with pytest.raises(InputError, match="audiocaps/val would be trained on and validate as well"):
+        training_splits(["audiocaps"], "audiocaps", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -349,51 +358,24 @@ def test_a_part_of_a_folder_was_seen_if_it_shares_clips_with_training(
     assert was_seen(split, ["clotho/development", trained_on]) == seen
 
 
-def test_a_part_of_another_data_set_was_not_seen(tmp_path):
+def test_a_published_split_was_seen_if_it_was_trained_on_itself(tmp_path):
     write_clotho_and_audiocaps(tmp_path)
     split = read_split("audiocaps", "test", tmp_path)
     folder = read_split(str(write_folder(tmp_path / "mine", 4)), "all", tmp_path)
-    assert not was_seen(split, ["clotho/test", "audiocaps/train", folder.name])
     assert was_seen(split, ["audiocaps/train", "audiocaps/test"])
+    assert not was_seen(split, ["clotho/test", "audiocaps/train", folder.name])
 
 
 # --- Waveforms, decoded once ---
 
 
-def test_a_sound_is_decoded_once(tmp_path):
-    folder = write_folder(tmp_path / "mine", 3)
-    split = read_split(str(folder), "all", tmp_path)
-    decode_splits([split, split], tmp_path / "cache")
-    written = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()}
-    decode_splits([read_split(str(folder), "all", tmp_path)], tmp_path / "cache")
-    after = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()}
-    assert len(written) == 3 and after == written
-    assert split.waveforms[1].dtype == np.int16
-    np.testing.assert_array_equal(split.waveforms[1], to_int16(load_audio(folder / "1.wav")))
-
-
-def test_a_sound_that_was_repaired_at_the_same_size_is_decoded_anew(tmp_path):
-    folder = write_folder(tmp_path / "mine", 3)
-    sound = folder / "1.wav"
-    size = sound.stat().st_size
-    read_decoded(folder)
-    write_wav(sound, noise(1.0, seed=77))
-    assert sound.stat().st_size == size
-    split = read_decoded(folder)
-    np.testing.assert_array_equal(split.waveforms[1], to_int16(load_audio(sound)))
-
-
-def test_all_sounds_that_cannot_be_used_are_listed(tmp_path):
-    folder = write_folder(tmp_path / "mine", 4)
-    (folder / "0.wav").write_bytes(b"no sound")
-    whole = (folder / "2.wav").read_bytes()
-    (folder / "2.wav").write_bytes(whole[: len(whole) // 3])  # its header tells the whole length
-    with pytest.raises(InputError) as error:
-        read_decoded(folder)
-    assert "(2):" in str(error.value)
-    assert "removed or renamed is passed over as missing" in str(error.value)
-    assert "0.wav: cannot be read" in str(error.value)
-    assert "2.wav: is cut off: 0.3 s of 1.0 s" in str(error.value)
+def test_every_split_gets_the_waveforms_of_its_clips(tmp_path):
+    folder = write_levels(tmp_path / "mine", range(100, 105))
+    splits = [read_split(str(folder), part, tmp_path) for part in ("train", "val", "all")]
+    decode_splits(splits, tmp_path / "cache")
+    for split in splits:
+        levels = [waveform[0] for waveform in split.waveforms]
+        assert [f"{level}.wav" for level in levels] == [clip.name for clip in split.clips]
 
 
 # --- python -m dualenc.data check FOLDER ---
@@ -401,7 +383,7 @@ def test_all_sounds_that_cannot_be_used_are_listed(tmp_path):
 
 @pytest.fixture
 def check(monkeypatch, capsys):
-    """A function that checks a folder and returns the exit status and the lines printed."""
+    """Return a function that checks a folder, and returns the exit status and the lines printed."""
 
     def check_folder(folder: Path) -> tuple[int, list[str]]:
         monkeypatch.setattr(sys, "argv", ["data.py", "check", str(folder)])
@@ -419,16 +401,20 @@ def test_check_says_what_is_wrong_with_each_sound(tmp_path, check):
     write_wav(folder / "2.wav", np.zeros(32_000))
     write_wav(folder / "3.wav", np.stack([noise(1.0), -noise(1.0)], axis=1))
     os.remove(folder / "5.wav")
-    status, lines = check(folder)
+    status, (headline, *faults, advice, count) = check(folder)
     assert status == 1
-    assert "5 clips, 10 captions (" in lines[0]
-    assert lines[1] == "  missing: 5.wav"
-    assert lines[2].startswith("  cannot be read: 0.wav: cannot be read as a sound")
-    assert lines[3].startswith("  not whole: 1.wav: is cut off: 0.5 s of 1.0 s")
-    assert lines[4] == "  silent: 2.wav"
-    assert lines[5] == "  silent as one channel, since its channels cancel: 3.wav"
-    assert "removed or renamed is passed over as missing" in lines[6]
-    assert lines[7:] == ["5 faults"]
+    assert "5 clips, 10 captions (" in headline
+    beginnings = [
+        "  missing: 5.wav",
+        "  cannot be read: 0.wav: cannot be read as a sound",
+        "  not whole: 1.wav: is cut off: 0.5 s of 1.0 s",
+        "  silent: 2.wav",
+        "  silent as one channel, since its channels cancel: 3.wav",
+    ]
+    for fault, beginning in zip(faults, beginnings, strict=True):
+        assert fault.startswith(beginning)
+    assert "removed or renamed is passed over as missing" in advice
+    assert count == "5 faults"
 
 
 def test_check_finds_nothing_wrong_with_sound_at_either_end_of_a_long_file(tmp_path, check):
@@ -453,19 +439,24 @@ def test_check_holds_blocks_of_a_recording_and_not_all_of_it(tmp_path, check):
 def test_check_lists_twenty_faults_of_a_kind_and_counts_the_others(tmp_path, check):
     rows = [[f"{i}.wav", "rain"] for i in range(1, 1031)]
     write_csv(tmp_path / "captions.csv", ["file_name", "caption"], rows)
-    for i in range(1, 26):
-        touch(tmp_path / f"{i}.wav")  # An empty file is no sound.
-    write_wav(tmp_path / "26.wav", noise(1.0))
+    write_wav(tmp_path / "1.wav", noise(1.0))
     status, lines = check(tmp_path)
     assert status == 1
-    assert "26 clips, 26 captions (" in lines[0]
-    assert lines[1] == "  missing (1,004):"
-    assert lines[2:22] == [f"    {i}.wav" for i in range(27, 47)]
-    assert lines[22] == "    and 984 more"
-    assert lines[23] == "  cannot be read (25):"
-    assert lines[44] == "    and 5 more"
-    assert lines[-1] == "1,029 faults"
-    assert sum("missing" in line for line in lines) == 2  # and once in what can be done
+    listed = [f"    {i}.wav" for i in range(2, 22)]
+    assert lines[1:] == ["  missing (1,029):", *listed, "    and 1,009 more", "1,029 faults"]
+
+
+def test_check_counts_faults_of_all_kinds(tmp_path, check):
+    rows = [[f"{i}.wav", "rain"] for i in range(1, 31)]
+    write_csv(tmp_path / "captions.csv", ["file_name", "caption"], rows)
+    for i in range(1, 26):
+        touch(tmp_path / f"{i}.wav")  # An empty file is no sound.
+    status, lines = check(tmp_path)
+    assert status == 1
+    assert "25 clips, 25 captions (" in lines[0]
+    assert lines[1] == "  missing (5):"
+    assert lines[7] == "  cannot be read (25):"
+    assert lines[-1] == "30 faults"
 
 
 def test_check_goes_on_after_a_split_without_sounds(tmp_path, check):
@@ -495,7 +486,7 @@ def test_check_refuses_a_folder_that_is_not_there(tmp_path, check):
 
 @pytest.fixture
 def clotho_test(tmp_path) -> Path:
-    """A data folder with Clotho's test split alone: two clips."""
+    """Write a data folder with Clotho's test split alone: two clips."""
     rows = [["1.wav", *captions_of_level(1, 5)], ["2.wav", *captions_of_level(2, 5)]]
     write_csv(tmp_path / "clotho_captions_evaluation.csv", CLOTHO_COLUMNS, rows)
     write_wav(tmp_path / "evaluation/1.wav", noise(1.0))
@@ -503,13 +494,9 @@ def clotho_test(tmp_path) -> Path:
     return tmp_path
 
 
-def write_annotations(data_dir: Path, rows: list[list[str]]) -> None:
-    write_csv(data_dir / "metadata_eval.csv", ["query", "audio_filenames"], rows)
-
-
 def test_check_finds_nothing_wrong_with_right_annotations(clotho_test, check):
     rows = [["level 1 caption 0", "['1.wav', '2.wav']"], ["level 2 caption 4", "2.wav"]]
-    write_annotations(clotho_test, rows)
+    write_annotations(clotho_test / "metadata_eval.csv", rows)
     status, lines = check(clotho_test)
     assert status == 0
     assert lines[1:] == [f"{clotho_test}/metadata_eval.csv: 2 rows", "0 faults"]
@@ -517,7 +504,7 @@ def test_check_finds_nothing_wrong_with_right_annotations(clotho_test, check):
 
 def test_check_names_annotations_of_other_captions_and_clips(clotho_test, check):
     rows = [["Level 1 caption 0", "['1.wav']"], ["level 2 caption 0", "['2.wav', '3.wav']"]]
-    write_annotations(clotho_test, rows)
+    write_annotations(clotho_test / "metadata_eval.csv", rows)
     status, lines = check(clotho_test)
     assert status == 1
     assert lines[2] == "  queries that are no captions of clotho/evaluation: Level 1 caption 0"
@@ -526,7 +513,7 @@ def test_check_names_annotations_of_other_captions_and_clips(clotho_test, check)
 
 
 def test_check_asks_for_no_captions_of_clips_that_are_missing(clotho_test, check):
-    write_annotations(clotho_test, [["level 2 caption 0", "['2.wav']"]])
+    write_annotations(clotho_test / "metadata_eval.csv", [["level 2 caption 0", "['2.wav']"]])
     os.remove(clotho_test / "evaluation/2.wav")
     _, lines = check(clotho_test)
     assert lines[1:] == ["  missing: 2.wav", f"{clotho_test}/metadata_eval.csv: 1 row", "1 fault"]
@@ -551,18 +538,22 @@ def test_check_says_that_there_are_no_annotations(clotho_test, check):
 
 @pytest.fixture(scope="module")
 def splits_of_three_data_sets(tmp_path_factory) -> list[data.Split]:
-    """Clotho, AudioCaps' three splits and a folder: 5, 1, 5, 5 and 2 captions a clip."""
+    """Return Clotho, AudioCaps' three splits and a folder: 5, 1, 5, 5 and 2 captions a clip.
+
+    Each of the 20 clips has a level of its own.
+    """
     data_dir = tmp_path_factory.mktemp("data")
     write_clotho_and_audiocaps(data_dir)
     folder = write_levels(data_dir / "mine", range(100, 105))
     splits, _ = training_splits(["clotho", "audiocaps", str(folder)], None, data_dir)
     decode_splits(splits, data_dir / "cache")
+    assert len(set(all_levels(splits))) == 20
     return splits
 
 
 @pytest.fixture(scope="module")
 def split(tmp_path_factory) -> data.Split:
-    """Eight clips of noise with four captions each: of one, two and three segments, one longer."""
+    """Write eight clips of noise, of one to three segments and one longer; four captions each."""
     folder = write_folder(tmp_path_factory.mktemp("noise"), clips=8, captions=4)
     for i, seconds in enumerate([0.2, 12.0, 25.0, 3.0, 40.0, 10.02, 18.0, 29.0]):
         write_wav(folder / f"{i}.wav", noise(seconds, seed=i))
@@ -584,7 +575,7 @@ def all_levels(splits: list[data.Split]) -> list[int]:
 
 
 def sounds_of_pairs(batch: data.Batch) -> list[np.ndarray]:
-    """The segments of each pair's clip, in the order of the pairs."""
+    """Return the segments of each pair's clip, in the order of the pairs."""
     segments_of_clip = batch.segments.split(batch.counts.tolist())
     return [segments_of_clip[row].numpy() for row in batch.clip_rows]
 
@@ -597,27 +588,49 @@ def pairs_of_epoch(batches: PairBatches, epoch: int) -> list[int]:
 
 
 def run_lengths(values: list[int]) -> list[int]:
-    """How often each value is repeated in a row: [5, 5, 2] -> [2, 1]."""
+    """Count how often each value is repeated in a row: [5, 5, 2] -> [2, 1]."""
     starts = np.flatnonzero(np.diff(values, prepend=-1))
     return np.diff(starts, append=len(values)).tolist()
 
 
-@pytest.mark.parametrize("captions_per_clip", [1, 2, 5])
-def test_each_pair_has_its_own_sound_caption_and_ids(splits_of_three_data_sets, captions_per_clip):
-    captions = all_captions(splits_of_three_data_sets)
-    levels = all_levels(splits_of_three_data_sets)
-    assert len(set(levels)) == len(levels) == 3 + 3 * 4 + 5
-    tokenizer = train_bpe(captions, 1000)
-    batches = PairBatches(splits_of_three_data_sets, tokenizer, 7, captions_per_clip)
+class Pair(NamedTuple):
+    """A pair as a batch holds it."""
+
+    level: int  # of its sound
+    caption: str  # as its tokens spell it
+    clip_id: int
+    pair_id: int
+
+
+@pytest.fixture(scope="module", params=[1, 2, 5], ids="{} captions a clip".format)
+def pairs_of_two_epochs(request, splits_of_three_data_sets) -> list[Pair]:
+    tokenizer = train_bpe(all_captions(splits_of_three_data_sets), 1000)
+    batches = PairBatches(splits_of_three_data_sets, tokenizer, 7, request.param)
+    pairs = []
     for step in range(2 * len(batches)):
         batch = batches[step]
         for i, sound in enumerate(sounds_of_pairs(batch)):
             level = int(sound[0, 0])
             caption = tokenizer.decode(batch.tokens[i].tolist())
-            assert caption.startswith(f"level {level} ")
-            # Ids are also the rows of the teachers' embeddings: all clips, and all captions.
-            assert levels[batch.clip_ids[i]] == level
-            assert normalise(captions[batch.pair_ids[i]]) == caption
+            pairs.append(Pair(level, caption, int(batch.clip_ids[i]), int(batch.pair_ids[i])))
+    return pairs
+
+
+def test_a_pairs_caption_is_one_of_its_clips(pairs_of_two_epochs):
+    for pair in pairs_of_two_epochs:
+        assert pair.caption.startswith(f"level {pair.level} ")
+
+
+def test_clip_ids_count_the_clips_of_all_splits(pairs_of_two_epochs, splits_of_three_data_sets):
+    levels = all_levels(splits_of_three_data_sets)
+    for pair in pairs_of_two_epochs:
+        assert levels[pair.clip_id] == pair.level
+
+
+def test_pair_ids_count_the_captions_of_all_splits(pairs_of_two_epochs, splits_of_three_data_sets):
+    captions = all_captions(splits_of_three_data_sets)
+    for pair in pairs_of_two_epochs:
+        assert normalise(captions[pair.pair_id]) == pair.caption
 
 
 @pytest.mark.parametrize("captions_per_clip", [1, 2, 3])
@@ -631,8 +644,13 @@ def test_the_pairs_that_fill_no_batch_are_dropped(split):
     batches = PairBatches([split], train_bpe(CAPTIONS, 1000), 6)
     assert len(batches) == 5
     pairs = pairs_of_epoch(batches, 0)
-    assert len(pairs) == len(set(pairs)) == 30
-    assert set(pairs) != set(pairs_of_epoch(batches, 1))
+    assert len(pairs) == 30
+    assert len(set(pairs)) == 30
+
+
+def test_each_epoch_drops_other_pairs(split):
+    batches = PairBatches([split], train_bpe(CAPTIONS, 1000), 6)
+    assert set(pairs_of_epoch(batches, 0)) != set(pairs_of_epoch(batches, 1))
 
 
 def test_seeds_and_epochs_have_orders_of_their_own(split):
@@ -646,31 +664,34 @@ def test_seeds_and_epochs_have_orders_of_their_own(split):
 
 def test_clips_come_in_another_order_in_each_epoch(split):
     batches = PairBatches([split], train_bpe(CAPTIONS, 1000), 8, captions_per_clip=4)
-    orders = []
-    for epoch in (0, 1):
-        clips = [pair // 4 for pair in pairs_of_epoch(batches, epoch)]
-        orders.append(clips)
-        assert clips != sorted(clips)
-    assert orders[0] != orders[1]
+    first = [pair // 4 for pair in pairs_of_epoch(batches, 0)]
+    second = [pair // 4 for pair in pairs_of_epoch(batches, 1)]
+    assert first != sorted(first)
+    assert second != sorted(second)
+    assert first != second
 
 
 @pytest.mark.parametrize("captions_per_clip", [2, 4])
-def test_captions_of_a_clip_stand_together_and_it_is_encoded_once(split, captions_per_clip):
+def test_captions_of_a_clip_stand_together(split, captions_per_clip):
     batches = PairBatches([split], train_bpe(CAPTIONS, 1000), 8, captions_per_clip)
     for step in range(len(batches)):
-        runs = run_lengths(batches[step].clip_ids.tolist())
-        assert all(length % captions_per_clip == 0 for length in runs)
-        if captions_per_clip == 4:
-            assert len(batches[step].counts) == 2
+        for length in run_lengths(batches[step].clip_ids.tolist()):
+            assert length % captions_per_clip == 0
+
+
+def test_a_clip_whose_captions_stand_together_is_encoded_once(split):
+    batches = PairBatches([split], train_bpe(CAPTIONS, 1000), 8, captions_per_clip=4)
+    for step in range(len(batches)):
+        assert len(batches[step].counts) == 2
 
 
 def test_captions_that_stand_together_are_drawn_anew_in_each_epoch(split):
+    def couples_of_epoch(epoch):
+        couples = np.reshape(pairs_of_epoch(batches, epoch), (-1, 2))
+        return {tuple(sorted(couple)) for couple in couples.tolist()}
+
     batches = PairBatches([split], train_bpe(CAPTIONS, 1000), 8, captions_per_clip=2)
-    couples = []
-    for epoch in (0, 1):
-        pairs = np.reshape(pairs_of_epoch(batches, epoch), (-1, 2))
-        couples.append({tuple(sorted(couple)) for couple in pairs.tolist()})
-    assert couples[0] != couples[1]
+    assert couples_of_epoch(0) != couples_of_epoch(1)
 
 
 @pytest.mark.parametrize(("size", "world"), [(33, 1), (6, 4)])
@@ -719,7 +740,7 @@ def test_pieces_are_the_parts_of_one_batch(split, pairs):
 
 @pytest.fixture(scope="module")
 def two_ramps(tmp_path_factory) -> data.Split:
-    """Two clips of 40 s that rise all the time: a sample tells where a crop begins."""
+    """Write two clips of 40 s that rise all the time: a sample tells where a crop begins."""
     folder = tmp_path_factory.mktemp("ramps")
     ramp = np.linspace(-0.9, 0.9, 40 * SAMPLE_RATE)
     rows = []

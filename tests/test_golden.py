@@ -34,7 +34,7 @@ def golden_tensors(name: str) -> dict[str, Tensor]:
 
 
 def assert_equals_golden(loss: Tensor, audio: Tensor, text: Tensor, golden: dict) -> None:
-    """The loss and its gradients are the original code's."""
+    """Hold a loss and its gradients against the original code's."""
     loss.backward()
     torch.testing.assert_close(loss, golden["loss"].float(), rtol=0, atol=1e-6)
     torch.testing.assert_close(audio.grad, golden["grad_audio"].float(), rtol=0, atol=1e-6)
@@ -137,7 +137,7 @@ def test_the_learning_rate_without_warm_up_by_hand():
 
 @pytest.fixture(scope="module")
 def golden_metrics() -> SimpleNamespace:
-    """Embeddings, relevance, and the original code's metrics; "multi": several relevant clips."""
+    """Read embeddings, relevance, and the original code's metrics ("multi" has several clips)."""
     arrays = golden_tensors("metrics_1")
     return SimpleNamespace(
         text=normalize(arrays["text"], dim=1),
@@ -180,11 +180,12 @@ def test_recall_asks_for_any_relevant_clip():
     assert values["R@10"].tolist() == [1, 1]
 
 
-def test_ties_rank_the_lower_index_first():
+@pytest.mark.parametrize(("relevant", "expected"), [([0, 2, 3], [2, 3, 4]), ([3, 1], [1, 4])])
+def test_ties_rank_the_lower_index_first(relevant, expected):
     text = torch.tensor([[1.0, 0.0]])
     audio = torch.tensor([[0.6, 0.8], [1.0, 0.0], [0.6, -0.8], [0.6, 0.8]])
-    assert ranks(text, audio, [[0, 2, 3]])[0].tolist() == [2, 3, 4]
-    assert ranks(text, audio, [[3, 1]])[0].tolist() == [1, 4]
+    (computed,) = ranks(text, audio, [relevant])
+    assert computed.tolist() == expected
 
 
 def test_where_all_embeddings_are_equal_clips_rank_in_their_order():
@@ -192,6 +193,15 @@ def test_where_all_embeddings_are_equal_clips_rank_in_their_order():
     first, second = ranks(embeddings[:2], embeddings, [[36], [17, 3]])
     assert first.tolist() == [37]
     assert second.tolist() == [4, 18]
+
+
+def average_precision(hits: list[bool], relevant_clips: int) -> float:
+    """Sum the precision at the rank of each hit, and divide by the number of relevant clips."""
+    total = 0.0
+    for rank, is_hit in enumerate(hits, start=1):
+        if is_hit:
+            total += sum(hits[:rank]) / rank
+    return total / relevant_clips
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -202,15 +212,15 @@ def test_metrics_equal_the_definition(seed, monkeypatch):
     text = torch.tensor(rng.integers(-2, 3, (23, 4))).float()
     audio = torch.tensor(rng.integers(-2, 3, (31, 4))).float()
     relevant = [rng.choice(31, rng.integers(1, 9), replace=False).tolist() for _ in text]
-    expected = dict.fromkeys(metrics.METRICS, 0.0)
+    values = {name: [] for name in metrics.METRICS}
     for query, relevant_clips in zip(text, relevant, strict=True):
         ranking = sorted(range(31), key=lambda clip: (-float(query @ audio[clip]), clip))
         hits = [clip in relevant_clips for clip in ranking]
         for k in (10, 16):
-            precisions = [sum(hits[: i + 1]) / (i + 1) for i in range(k) if hits[i]]
-            expected[f"mAP@{k}"] += sum(precisions) / len(relevant_clips) / len(text)
+            values[f"mAP@{k}"].append(average_precision(hits[:k], len(relevant_clips)))
         for k in (1, 5, 10):
-            expected[f"R@{k}"] += any(hits[:k]) / len(text)
+            values[f"R@{k}"].append(any(hits[:k]))
+    expected = {name: np.mean(of_queries) for name, of_queries in values.items()}
     assert retrieval_metrics(text, audio, relevant) == pytest.approx(expected, abs=1e-12)
 
 

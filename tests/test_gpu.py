@@ -17,6 +17,7 @@ of the text tower's mask, and the check inside segment_reduce.
 import contextlib
 import copy
 import functools
+from typing import NamedTuple
 from unittest import mock
 
 import pytest
@@ -47,7 +48,7 @@ COPIES = ("to", "_to_copy")
 
 
 class PretendedGPU(TorchDispatchMode):
-    """Looks at every operation that has a tensor on the pretended GPU.
+    """A look at every operation that has a tensor on the pretended GPU.
 
     types: {operation: the types of its floats}, of the operations in ONE_TYPE.
     syncs: copies and indices for which a real GPU would make the CPU wait.
@@ -86,7 +87,7 @@ def device_of(tensor: Tensor) -> torch.device:
 
 @contextlib.contextmanager
 def pretended_gpu():
-    """Run the block on the pretended GPU; to read a value of it fails, as a sync would cost."""
+    """Run the block on the pretended GPU; reading a value there fails, since it would be a sync."""
     pieces = Batch.pieces
 
     def pieces_outside(batch, pairs):
@@ -100,7 +101,8 @@ def pretended_gpu():
 
     with (
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
-        mock.patch("torch.cuda.is_bf16_supported", return_value=True),  # or autocast is off
+        # Autocast switches itself off where bf16 is not supported.
+        mock.patch("torch.cuda.is_bf16_supported", return_value=True),
         mock.patch.object(Batch, "pieces", pieces_outside),
         mock.patch.object(Tensor, "item", value),
         FAKE, PretendedGPU() as gpu,
@@ -124,38 +126,85 @@ def pretended_model(preset: str) -> DualEncoder:
 def make_batch() -> Batch:
     """Make five pairs of four clips: every other clip has two segments, two pairs share a clip."""
     clips = [to_int16(noise(3 + 10 * (i % 2), seed=i)) for i in range(4)]
-    rows, tokens = torch.tensor([0, 1, 2, 2, 3]), torch.arange(30).view(5, 6)
+    rows = torch.tensor([0, 1, 2, 2, 3])
+    tokens = torch.arange(30).view(5, 6)
     return Batch(*to_segments(clips), rows, tokens, rows, rows)
 
 
-def checked(encode, *tensors, **options):
-    """Check that random numbers are replayed: only those of the arguments' device are."""
-    assert {t.device for t in tensors} == {PRETENDED}
-    return checkpoint(encode, *tensors, **options)
+# --- A training step of the report's model ---
 
 
-@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16, None])
-def test_devices_and_types_fit(precision, tmp_path):
-    model, batch, own = pretended_model("report"), make_batch(), precision or torch.float32
+class Step(NamedTuple):
+    """A step's forward pass and losses: the towers' type, and what the pretended GPU has seen."""
+
+    tower_type: torch.dtype
+    gpu: PretendedGPU
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(torch.bfloat16, 3), (torch.float16, None), (None, None)],
+    ids=["bf16 in pieces", "fp16", "fp32"],
+)
+def step(request) -> Step:
+    """Return a step in each precision; one of them is encoded in pieces of three pairs."""
+    precision, micro_batch = request.param
+    model = pretended_model("report")
     model.precision = precision
-    with pretended_gpu() as gpu, mock.patch("dualenc.model.recompute_in_backward", checked):
-        audio, text = model.encode_pairs(batch, 3 if precision == torch.bfloat16 else None)
+    batch = make_batch()
+    with pretended_gpu() as gpu:
+        audio, text = model.encode_pairs(batch, micro_batch)
         ids = batch.clip_ids.to(PRETENDED, non_blocking=True)
         teacher = [torch.zeros(6, 512, device=PRETENDED)[ids]]
         contrastive_loss(audio, text, ids, model.tau)
         distillation_loss(audio, text, teacher, teacher, model.tau)
-    assert not gpu.syncs  # within a step
-    assert gpu.types.pop("addmm") == {own, torch.float32}  # autocast for towers, not for heads,
-    assert set.union(*gpu.types.values()) == {torch.float32}  # log-mel, norms and losses
+    return Step(precision or torch.float32, gpu)
 
+
+def test_nothing_in_a_step_waits_for_the_gpu(step):
+    assert step.gpu.syncs == set()
+
+
+def test_the_towers_linear_maps_are_in_the_towers_type_and_the_heads_in_fp32(step):
+    assert step.gpu.types["addmm"] == {step.tower_type, torch.float32}
+
+
+def test_log_mel_norms_and_losses_are_in_fp32(step):
+    operations = step.gpu.types.keys() - {"addmm"}
+    assert {"_fft_r2c", "native_layer_norm", "segment_reduce", "mm"} <= operations
+    for operation in operations:
+        assert step.gpu.types[operation] == {torch.float32}, operation
+
+
+def test_a_piece_is_recomputed_with_the_gpus_random_numbers(monkeypatch):
+    devices = set()
+
+    # Those of a device are drawn again where it is that of an argument.
+    def recorded(encode, *tensors, **options):
+        devices.update(tensor.device for tensor in tensors)
+        return checkpoint(encode, *tensors, **options)
+
+    monkeypatch.setattr("dualenc.model.recompute_in_backward", recorded)
+    model = pretended_model("tiny")
+    model.precision = None
+    batch = make_batch()
+    with pretended_gpu():
+        model.encode_pairs(batch, 3)
+    assert devices == {PRETENDED}
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16, None])
+def test_embeddings_for_users_are_float32_on_the_cpu(precision, tmp_path):
     model = pretended_model("tiny")
     model.precision = precision
-    with pretended_gpu() as gpu, mock.patch("dualenc.model.recompute_in_backward", checked):
-        assert {t.device for t in model.encode_pairs(batch, 3)} == {PRETENDED}
-        assert not gpu.syncs  # within a step
-        audio, text = model.embed_audio([noise(11), noise(4)]), model.embed_text(CAPTIONS)
-        _, shares = embed_file(model, write_wav(tmp_path / "a.wav", noise(11)))
-    assert all(t.device.type == "cpu" and t.dtype == torch.float32 for t in (audio, text, shares))
+    path = write_wav(tmp_path / "a.wav", noise(11))
+    with pretended_gpu():
+        audio = model.embed_audio([noise(11), noise(4)])
+        text = model.embed_text(CAPTIONS)
+        _, segments_of_the_index = embed_file(model, path)
+    for embeddings in (audio, text, segments_of_the_index):
+        assert embeddings.device.type == "cpu"
+        assert embeddings.dtype == torch.float32
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])

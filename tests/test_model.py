@@ -1,6 +1,7 @@
 """The dual encoder as its users call it; the sizes of the report's; devices and precisions."""
 
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
@@ -51,46 +52,54 @@ def test_roberta_has_the_reports_354_million_parameters(monkeypatch):
 
 
 def test_the_shared_space_has_the_baselines_width_and_temperature():
-    assert (REPORT.embedding, REPORT.tau) == (1024, 0.05)
+    assert REPORT.embedding == 1024
+    assert REPORT.tau == 0.05
 
 
 # --- The audio tower beside hear21passt's own parts ---
 
-@pytest.fixture(scope="module")
-def hear21passt_parts():
-    """A small PaSST and its log-mel, as the baseline makes them."""
+@pytest.fixture(scope="module", params=[True, False], ids=["training", "evaluation"])
+def beside_hear21passt(request) -> types.SimpleNamespace:
+    """Make the baseline's log-mel and a small PaSST, and our tower with the same weights."""
     torch.manual_seed(0)
     mel = AugmentMelSTFT(freqm=0, timem=0, fmin_aug_range=10, fmax_aug_range=2000)
     passt = PaSST(
         img_size=(128, 1000), patch_size=16, stride=16, embed_dim=128, depth=2, num_heads=2,
         distilled=True, s_patchout_t=15, s_patchout_f=2,
     )
-    return mel, passt
+    weights = passt.state_dict()
+    without_classifiers = {n: w for n, w in weights.items() if not n.startswith("head")}
+    tower = AudioTower(128, 2, 2, REPORT.patch, REPORT.patchout)
+    tower.passt.load_state_dict(without_classifiers)
+    return types.SimpleNamespace(
+        mel=mel.train(request.param),
+        passt=passt.train(request.param),
+        tower=tower.train(request.param),
+        segments=torch.randint(-3000, 3000, (2, 320_000), dtype=torch.int16),
+    )
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("training, tokens", [(True, 2 + 6 * 47), (False, 2 + 8 * 62)])
 @pytest.mark.filterwarnings("ignore:stft with return", "ignore:.*autocast")  # hear21passt's
-def test_the_tower_equals_hear21passts_with_jitter_and_patchout(
-    hear21passt_parts, training, tokens
-):
-    mel, passt = (part.train(training) for part in hear21passt_parts)
-    tower = AudioTower(128, 2, 2, REPORT.patch, REPORT.patchout).train(training)
-    weights = passt.state_dict()
-    tower.passt.load_state_dict({n: w for n, w in weights.items() if not n.startswith("head")})
-    token_counts = set()
-    tower.passt.blocks[0].register_forward_hook(
-        lambda block, inputs, output: token_counts.add(output.shape[1])
-    )
-    segments = torch.randint(-3000, 3000, (2, 320_000), dtype=torch.int16)
+def test_log_mel_equals_hear21passts_with_jitter(beside_hear21passt):
+    waveforms = beside_hear21passt.segments / INT16_SCALE
     torch.manual_seed(1)
-    log_mel = mel(segments / INT16_SCALE)
-    _, features = passt(log_mel[:, None])
+    expected = beside_hear21passt.mel(waveforms)
     torch.manual_seed(1)
-    torch.testing.assert_close(tower(segments), features, rtol=0, atol=1e-5)
+    log_mel = beside_hear21passt.tower.mel(waveforms)
+    torch.testing.assert_close(log_mel, expected, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:stft with return", "ignore:.*autocast")  # hear21passt's
+def test_features_equal_hear21passts_with_jitter_and_patchout(beside_hear21passt):
+    segments = beside_hear21passt.segments
     torch.manual_seed(1)
-    torch.testing.assert_close(tower.mel(segments / INT16_SCALE), log_mel, rtol=0, atol=1e-4)
-    assert token_counts == {tokens}
+    log_mel = beside_hear21passt.mel(segments / INT16_SCALE)
+    _, expected = beside_hear21passt.passt(log_mel[:, None])
+    torch.manual_seed(1)
+    features = beside_hear21passt.tower(segments)
+    torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
 
 
 # --- What a user gives, and gets ---
@@ -152,29 +161,51 @@ def test_embeddings_are_ordinary_tensors(tiny_model):
 
 # --- The model's mode ---
 
-def test_embedding_is_without_dropout_patchout_and_jitter(tiny_model):
-    expected = tiny_model.embed_audio(noise(3)), tiny_model.embed_text(CAPTIONS)
+@pytest.fixture
+def in_training(tiny_model) -> Iterator[DualEncoder]:
+    """Return a model in training mode but for its audio tower, as if that were frozen."""
     tiny_model.train()
-    for _ in range(2):
-        assert torch.equal(tiny_model.embed_audio(noise(3)), expected[0])
-        assert torch.equal(tiny_model.embed_text(CAPTIONS), expected[1])
+    tiny_model.audio.eval()
+    yield tiny_model
     tiny_model.eval()
 
 
-def test_each_module_keeps_the_mode_it_was_found_in(tiny_model):
-    tiny_model.train()
-    tiny_model.audio.eval()  # a frozen tower
-    modes = [module.training for module in tiny_model.modules()]
-    tiny_model.embed_text(CAPTIONS)
-    assert [module.training for module in tiny_model.modules()] == modes
-    tiny_model.embed_audio(noise(1))
-    assert [module.training for module in tiny_model.modules()] == modes
+def modes_of(model: DualEncoder) -> list[bool]:
+    return [module.training for module in model.modules()]
+
+
+def test_sounds_are_embedded_without_patchout_and_jitter(tiny_model, in_training):
+    in_training.audio.train()
+    embedding = in_training.embed_audio(noise(3))
+    assert torch.equal(in_training.embed_audio(noise(3)), embedding)
+    tiny_model.eval()
+    assert torch.equal(tiny_model.embed_audio(noise(3)), embedding)
+
+
+def test_captions_are_embedded_without_dropout(tiny_model, in_training):
+    embeddings = in_training.embed_text(CAPTIONS)
+    assert torch.equal(in_training.embed_text(CAPTIONS), embeddings)
+    tiny_model.eval()
+    assert torch.equal(tiny_model.embed_text(CAPTIONS), embeddings)
+
+
+def test_embedding_leaves_each_module_in_its_mode(in_training):
+    before = modes_of(in_training)
+    in_training.embed_text(CAPTIONS)
+    in_training.embed_audio(noise(1))
+    assert modes_of(in_training) == before
+
+
+def test_a_sound_that_cannot_be_read_leaves_each_module_in_its_mode(in_training):
+    before = modes_of(in_training)
     with pytest.raises(InputError):
-        tiny_model.embed_audio("none.wav")
-    assert [module.training for module in tiny_model.modules()] == modes
-    tiny_model.eval()
+        in_training.embed_audio("none.wav")
+    assert modes_of(in_training) == before
+
+
+def test_embedding_leaves_a_model_in_evaluation_mode(tiny_model):
     tiny_model.embed_text(CAPTIONS)
-    assert not tiny_model.training
+    assert not any(modes_of(tiny_model))
 
 
 # --- Rates, lengths and levels ---
@@ -243,15 +274,17 @@ def test_samples_that_are_not_finite_floats_or_int16_are_refused(tiny_model, sou
 
 # --- Published weights that cannot be had ---
 
-def test_a_hub_that_cannot_be_reached_is_said_in_one_line_in_seconds(monkeypatch):
+@pytest.mark.parametrize("load, remedy", [
+    ("load_tokenizer", "--tokenizer"), ("published_roberta", "tiny"),
+])
+def test_a_hub_that_cannot_be_reached_is_reported_in_one_line(monkeypatch, load, remedy):
     fresh = types.ModuleType("fresh")  # The module remembers whether the hub answers.
     exec(Path(text.__file__).read_text(), vars(fresh))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nothing listens
     huggingface_hub.close_session()
-    for load, remedy in ((fresh.load_tokenizer, "--tokenizer"), (fresh.published_roberta, "tiny")):
-        with pytest.raises(InputError, match=f"^no-such: cannot be fetched .*{remedy}.*$"):
-            load("no-such")
+    with pytest.raises(InputError, match=f"^no-such: cannot be fetched .*{remedy}.*$"):
+        getattr(fresh, load)("no-such")
 
 
 def test_a_roberta_that_lacks_weights_is_refused(tmp_path):
@@ -274,12 +307,16 @@ def test_a_tokenizer_that_is_not_robertas_is_refused():
 
 # --- Device and precision ---
 
-def test_a_device_that_is_not_there_is_refused(tiny_model, tmp_path):
+@pytest.mark.parametrize("name", ["cuda:99", "nonsense"])
+def test_a_device_that_is_not_there_is_refused(name):
+    with pytest.raises(InputError, match=f"^device {name}: cannot be used here .*try cpu$"):
+        choose_device(name)
+
+
+def test_a_model_is_not_loaded_onto_a_device_that_is_not_there(tiny_model, tmp_path):
     torch.save(tiny_model.checkpoint(), tmp_path / "best.pt")
-    for use in (choose_device, lambda name: DualEncoder.load(tmp_path, device=name)):
-        for name in ("cuda:99", "nonsense"):
-            with pytest.raises(InputError, match=f"^device {name}: cannot be used here .*try cpu$"):
-                use(name)
+    with pytest.raises(InputError, match="^device cuda:99: cannot be used here .*try cpu$"):
+        DualEncoder.load(tmp_path, device="cuda:99")
 
 
 def test_auto_is_the_cpu_where_there_is_no_gpu(tiny_model, tmp_path, monkeypatch, capfd):
@@ -324,12 +361,15 @@ def test_a_gpu_computes_in_bf16_where_it_can_without_emulation(
     assert choose_precision("auto", torch.device("cuda")) == expected
 
 
-def test_fp16_on_a_cpu_is_said_to_be_slow(capfd):
-    choose_precision("fp16", torch.device("cuda"))
-    choose_precision("bf16", torch.device("cpu"))
-    assert capfd.readouterr().err == ""
+def test_a_warning_says_that_fp16_is_slow_on_a_cpu(capfd):
     choose_precision("fp16", torch.device("cpu"))
     assert "fp16 is slow on most CPUs" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name, device", [("fp16", "cuda"), ("bf16", "cpu")])
+def test_other_precisions_draw_no_warning(capfd, name, device):
+    choose_precision(name, torch.device(device))
+    assert capfd.readouterr().err == ""
 
 
 def test_the_towers_compute_in_the_models_precision(tiny_model, monkeypatch):
@@ -342,6 +382,9 @@ def test_the_towers_compute_in_the_models_precision(tiny_model, monkeypatch):
 
 # --- The package ---
 
-def test_the_package_says_its_version_and_that_it_has_types():
+def test_the_package_tells_its_version():
     assert dualenc.__version__[0].isdigit()
+
+
+def test_the_package_tells_type_checkers_that_it_has_types():
     assert Path(dualenc.__file__).with_name("py.typed").exists()

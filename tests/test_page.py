@@ -8,6 +8,7 @@ import re
 import socket
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -90,7 +91,7 @@ def write_run(folder: Path, losses: list[float], settings: dict | None = None) -
 
 
 def painted(panel) -> SimpleNamespace:
-    """Paint one panel; returns the points and the colour of each line, and the legend's words."""
+    """Paint one panel, and return the points and colour of each line, and the legend's words."""
     axes = Figure().subplots()
     panel(axes)
     words = []
@@ -188,7 +189,7 @@ def right_ranks(evaluation: page.Evaluation) -> list[tuple[int, float]]:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> SimpleNamespace:
-    """A page of 30 tones with two captions each; the first name is hostile, the last file gone."""
+    """Write a page of 30 tones, two captions each; the first name is hostile, the last one gone."""
     folder = tmp_path_factory.mktemp("page")
     names = [HOSTILE, *(f"clip {i}.mp3" for i in range(1, N_CLIPS))]
     paths = [folder / name for name in names]
@@ -264,83 +265,145 @@ def cards_of(html: str) -> list[Card]:
     return cards
 
 
-def test_a_card_shows_what_a_plain_sort_finds(written):
-    evaluation = written.evaluation
-    names = [name.replace("\udcff", "\\udcff") for name in evaluation.clip_names]
-    marked_relevant = 0
+class SortedQuery(NamedTuple):
+    """One query by a second route, a plain sort."""
+
+    row: int  # of its caption
+    right: int  # the clip that its caption was written for
+    scores: list[float]  # of all clips
+    ranking: list[int]  # all clips, best first
+
+
+def sorted_query(evaluation: page.Evaluation, card: Card) -> SortedQuery:
+    row = evaluation.captions.index(card.caption)
+    scores = (evaluation.audio @ evaluation.text[row]).tolist()
+    ranking = np.argsort(scores, kind="stable")[::-1].tolist()
+    return SortedQuery(row, int(evaluation.clip_of_caption[row]), scores, ranking)
+
+
+def items_with_queries(written) -> Iterator[tuple[Item, SortedQuery, int]]:
+    """Yield each clip of each card, with its query and its index by a plain sort."""
     for card in cards_of(written.html):
-        row = evaluation.captions.index(card.caption)
-        right = evaluation.clip_of_caption[row]
-        scores = (evaluation.audio @ evaluation.text[row]).tolist()
-        ranking = np.argsort(scores, kind="stable")[::-1].tolist()
-        rank = ranking.index(right) + 1
-        assert card.rank == rank
-        expected_ranks = list(range(1, 11))
-        if rank > 10:
-            expected_ranks.append(rank)
-        assert [item.rank for item in card.items] == expected_ranks
+        query = sorted_query(written.evaluation, card)
         for item in card.items:
-            clip = ranking[item.rank - 1]
-            assert item.name == names[clip]
-            assert item.score == f"score {scores[clip]:.3f}"
-            assert item.caption == f"<img src=x> rain {clip}"
-            mark = ""
-            if clip in evaluation.annotations.get(row, []):
-                mark = "✓ relevant, too"
-            if clip == right:
-                mark = "✓ the right clip"
-            assert item.mark == mark
-            marked_relevant += mark == "✓ relevant, too"
-    assert marked_relevant > 10
+            yield item, query, query.ranking[item.rank - 1]
 
 
-def test_the_best_the_worst_and_random_queries_are_shown(written):
-    cards = cards_of(written.html)
+def test_a_card_shows_the_rank_of_the_right_clip(written):
+    for card in cards_of(written.html):
+        query = sorted_query(written.evaluation, card)
+        assert card.rank == query.ranking.index(query.right) + 1
+
+
+def test_a_card_shows_the_first_ten_clips_and_the_right_one(written):
+    for card in cards_of(written.html):
+        expected_ranks = list(range(1, 11))
+        if card.rank > 10:
+            expected_ranks.append(card.rank)
+        assert [item.rank for item in card.items] == expected_ranks
+
+
+def test_the_clips_of_a_card_are_in_the_order_of_a_plain_sort(written):
+    names = [name.replace("\udcff", "\\udcff") for name in written.evaluation.clip_names]
+    for item, _, clip in items_with_queries(written):
+        assert item.name == names[clip]
+
+
+def test_a_clip_of_a_card_has_its_score(written):
+    for item, query, clip in items_with_queries(written):
+        assert item.score == f"score {query.scores[clip]:.3f}"
+
+
+def test_a_clip_of_a_card_has_its_first_caption(written):
+    for item, _, clip in items_with_queries(written):
+        assert item.caption == f"<img src=x> rain {clip}"
+
+
+def test_the_clips_that_are_relevant_are_marked(written):
+    expected_marks = Counter()
+    for item, query, clip in items_with_queries(written):
+        mark = ""
+        if clip == query.right:
+            mark = "✓ the right clip"
+        elif clip in written.evaluation.annotations.get(query.row, []):
+            mark = "✓ relevant, too"
+        assert item.mark == mark
+        expected_marks[mark] += 1
+    assert expected_marks["✓ relevant, too"] > 10
+
+
+def shown_rows(written) -> list[int]:
+    return [written.evaluation.captions.index(card.caption) for card in cards_of(written.html)]
+
+
+def test_the_best_and_the_worst_queries_are_shown(written):
     ranks = right_ranks(written.evaluation)
-    order = sorted(range(N_CAPTIONS), key=lambda row: (ranks[row][0], -ranks[row][1]))
-    shown = [written.evaluation.captions.index(card.caption) for card in cards]
-    assert shown[:20] == order[:20]
-    assert shown[20:40] == order[::-1][:20]
-    assert len(set(shown[40:])) == 20
-    assert shown[40:] != sorted(shown[40:])
+    best_first = sorted(range(N_CAPTIONS), key=lambda row: (ranks[row][0], -ranks[row][1]))
+    assert shown_rows(written)[:20] == best_first[:20]
+    assert shown_rows(written)[20:40] == best_first[::-1][:20]
+
+
+def test_twenty_more_queries_are_shown_at_random(written):
+    random = shown_rows(written)[40:]
+    assert len(set(random)) == 20
+    assert random != sorted(random)
+
+
+def test_the_page_says_how_many_queries_there_are(written):
     assert "This page shows some of 60 queries" in written.html
 
 
-def test_a_player_plays_the_clip_that_its_line_names(written, tmp_path):
+@pytest.fixture(scope="module")
+def held_clips(written) -> list[int]:
+    """Listen to the sounds that the page holds: the number of each one's clip."""
     held = json.loads(re.search(r'id="sounds">(.*)</script>', written.html)[1])
-    clips = [clip_of_tone(base64.b64decode(mp3), tmp_path / "x.mp3") for mp3 in held]
-    names = [name.replace("\udcff", "\\udcff") for name in written.evaluation.clip_names]
-    for card in cards_of(written.html):
-        for item in card.items:
-            if item.name == names[-1]:
-                assert item.sound == ""
-            else:
-                assert names[clips[int(item.sound)]] == item.name
-    assert sorted(clips) == list(range(N_CLIPS - 1))  # each once, but for the file that is gone
+    scratch = written.folder / "held.mp3"
+    return [clip_of_tone(base64.b64decode(mp3), scratch) for mp3 in held]
 
 
-def test_a_sound_that_cannot_be_read_says_so(written):
-    lines = re.findall(r"<li .*?</li>", written.html, re.DOTALL)
-    silent = [line for line in lines if "<audio" not in line]
-    assert len(silent) > 0
-    assert all("clip 29.mp3" in line and "cannot be played" in line for line in silent)
+def test_a_player_plays_the_clip_that_its_line_names(written, held_clips):
+    for item, _, clip in items_with_queries(written):
+        if item.sound:
+            assert held_clips[int(item.sound)] == clip
+
+
+def test_each_sound_that_can_be_read_is_held_once(held_clips):
+    assert sorted(held_clips) == list(range(N_CLIPS - 1))
+
+
+def test_a_sound_that_cannot_be_read_is_reported_in_place_of_its_player(written):
+    for line in re.findall(r"<li .*?</li>", written.html, re.DOTALL):
+        is_gone = "clip 29.mp3" in line
+        assert ("<audio" not in line) == is_gone
+        assert ("This sound cannot be played" in line) == is_gone
 
 
 def test_sounds_beyond_the_limit_are_links_to_their_files(written, monkeypatch):
     monkeypatch.setattr(page, "PAGE_MP3_BYTES", 1)
-    paths = written.evaluation.clip_paths
+    hostile, first, *_, gone = written.evaluation.clip_paths
     sounds = page.Sounds(written.folder / "other")
-    assert sounds.source(paths[1]) == 'data-sound="0"'
-    assert sounds.source(paths[0]).startswith('data-link="../a%22%20onerror')
-    assert sounds.source(paths[-1]) == ""
-    assert sounds.source(paths[1]) == 'data-sound="0"'
+    assert sounds.source(first) == 'data-sound="0"'  # It is begun below the limit.
+    assert sounds.source(hostile).startswith('data-link="../a%22%20onerror')
+    assert sounds.source(gone) == ""
     assert len(sounds.held) == 1
 
 
-def test_the_page_says_what_it_is_of(written):
+def test_a_sound_that_is_held_stays_so_beyond_the_limit(written, monkeypatch):
+    monkeypatch.setattr(page, "PAGE_MP3_BYTES", 1)
+    path = written.evaluation.clip_paths[1]
+    sounds = page.Sounds(written.folder)
+    sounds.source(path)
+    assert sounds.source(path) == 'data-sound="0"'
+
+
+def test_the_page_has_its_title_as_its_heading(written):
     elements = Elements(written.html)
     assert elements.texts("title") == ["A <b>page</b>"]
     assert elements.texts("h1") == ["A <b>page</b>"]
+
+
+def test_the_page_lists_the_facts_in_their_order(written):
+    elements = Elements(written.html)
     assert elements.texts("dt") == ["checkpoint", "split"]
     assert elements.texts("dd") == ["runs/<b>/best.pt", "clotho/evaluation"]
 
@@ -368,25 +431,39 @@ def test_nothing_from_outside_becomes_markup(written):
     tags += " summary ol li span audio label input output script"
     assert_nothing_is_markup(html, *tags.split())
     assert html.count("<script") == 2
-    labels = [audio.attributes["aria-label"] for audio in Elements(html).of("audio")]
+
+
+def test_a_player_is_labelled_with_the_clips_name(written):
+    labels = [audio.attributes["aria-label"] for audio in Elements(written.html).of("audio")]
     assert any(label.endswith(HOSTILE_SHOWN) for label in labels)
 
 
-def test_the_histogram_counts_every_query_and_recall_is_their_sum():
-    rank = np.array([1, 1, 3, 5, 11, 30])
-    histogram, recall = page.ranking_panels(rank, 30).values()
+RANKS = np.array([1, 1, 3, 5, 11, 30])  # of six queries among 30 clips
+
+
+def test_the_histogram_counts_every_query():
+    histogram, _ = page.ranking_panels(RANKS, 30).values()
     axes = Figure().subplots()
     histogram(axes)
     labels = [label.get_text() for label in axes.get_yticklabels()]
     counts = [bar.get_width() for bar in axes.patches]
     assert labels == ["1", "2 to 5", "6 to 10", "11 to 20", "21 to 30"]
     assert counts == [2, 2, 0, 1, 1]
-    measured, chance = painted(recall).points
+
+
+def test_the_curve_of_recall_counts_the_queries_up_to_each_rank():
+    _, recall = page.ranking_panels(RANKS, 30).values()
+    measured, _ = painted(recall).points
     # By hand: 2 of 6 are first, 4 of 6 within 5, 5 of 6 within 11, all within 30.
     expected = {1: 2, 4: 3, 5: 4, 10: 4, 11: 5, 29: 5, 30: 6}
     for k, hits in expected.items():
         assert measured[k - 1] == pytest.approx([k, 100 * hits / 6])
-        assert chance[k - 1] == pytest.approx([k, 100 * k / 30])
+
+
+def test_beside_it_stands_the_recall_of_chance():
+    _, recall = page.ranking_panels(RANKS, 30).values()
+    _, chance = painted(recall).points
+    assert chance == [pytest.approx([k, 100 * k / 30]) for k in range(1, 31)]
 
 
 def test_pictures_are_drawn_with_their_captions():
@@ -412,7 +489,7 @@ LEVELS = [0.01, 0.1, 0.03, 0.06]  # each 10 s of the long file are noise of anot
 
 
 class Match(NamedTuple):
-    """What the page asks of a match (search.Match)."""
+    """The fields of a search.Match that the page uses."""
 
     path: Path
     score: float
@@ -440,7 +517,7 @@ class KnownIndex:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory) -> Path:
-    """A folder of a long file, whose 10 s differ in level, and a short one with a hostile name."""
+    """Write a long file, whose 10 s differ in level, and a short one with a hostile name."""
     root = tmp_path_factory.mktemp("library")
     long = noise(35, 5) / 0.1 * np.repeat(LEVELS, 10 * SAMPLE_RATE)[: 35 * SAMPLE_RATE]
     write_wav(root / "deep" / "long.wav", long)
@@ -465,14 +542,14 @@ def index(library) -> KnownIndex:
 
 @pytest.fixture
 def short(index) -> KnownIndex:
-    """An index of one short match, which is quickly encoded."""
+    """Make an index of one short match, which is quickly encoded."""
     index.matches = index.matches[1:2]
     return index
 
 
 @pytest.fixture(scope="module")
 def searched(library) -> str:
-    """The page of all four matches, as the browser reads it."""
+    """Search, and return the page of all four matches as the browser reads it."""
     return shown_text(page.search_page(index_of(library), 4, "file", f"{HOSTILE} {HOSTILE}"))
 
 
@@ -489,15 +566,25 @@ def played(result: Elements, scratch: Path) -> np.ndarray:
     return load_audio(scratch)
 
 
-def test_results_show_file_part_score_and_full_path(searched, library):
-    first, second, third, fourth = results_of(searched)
-    assert first.texts("span") == ["deep/long.wav", "0:10 to 0:20 of 0:35"]
+def test_results_show_the_file_and_the_part_that_matches(searched):
+    assert [result.texts("span") for result in results_of(searched)] == [
+        ["deep/long.wav", "0:10 to 0:20 of 0:35"],
+        [f"{HOSTILE_SHOWN}.wav", "0:00 to 0:02 of 0:02"],
+        ["deep/long.wav", "0:30 to 0:35 of 0:35"],
+        ["deep/long.wav", "0:20 to 0:30 of 0:35"],
+    ]
+
+
+def test_results_show_the_full_path(searched, library):
+    paths = [path for result in results_of(searched) for path in result.texts("code")]
+    long = str(library / "deep" / "long.wav")
+    assert paths == [long, f"{library}/{HOSTILE_SHOWN}.wav", long, long]
+
+
+def test_results_show_the_score_and_the_share_below_it(searched):
+    first, *_, last = results_of(searched)
     assert first.texts("p")[0].startswith("score 0.500, above 75.0 %")
-    assert first.texts("code") == [str(library / "deep" / "long.wav")]
-    assert second.texts("span") == [f"{HOSTILE_SHOWN}.wav", "0:00 to 0:02 of 0:02"]
-    assert second.texts("code") == [f"{library}/{HOSTILE_SHOWN}.wav"]
-    assert third.texts("span") == ["deep/long.wav", "0:30 to 0:35 of 0:35"]
-    assert fourth.texts("p")[0].startswith("score -0.100, above 0.0 %")
+    assert last.texts("p")[0].startswith("score -0.100, above 0.0 %")
 
 
 def test_a_player_plays_the_part_that_matches(searched, tmp_path):
@@ -515,18 +602,26 @@ def test_a_link_downloads_what_is_played(searched):
         (link,) = result.of("a")
         (audio,) = result.of("audio")
         assert link.attributes["href"] == audio.attributes["src"]
+
+
+def test_a_download_is_named_by_its_file_and_its_start(searched):
     first, second, *_ = results_of(searched)
     assert first.of("a")[0].attributes["download"] == "long 0.10.mp3"
     assert second.of("a")[0].attributes["download"] == f"{HOSTILE_SHOWN} 0.00.mp3"
 
 
-@pytest.mark.parametrize("change", ["removed", "cut short", "replaced"])
+def cut_short(path: Path) -> None:
+    write_wav(path, noise(4))
+
+
+def replace(path: Path) -> None:
+    path.write_text("no sound")
+
+
+@pytest.mark.parametrize("change", [Path.unlink, cut_short, replace])
 def test_a_file_that_changed_costs_its_own_line_only(short, tmp_path, change):
-    other = Match(tmp_path / "other.wav", 0.5, 0.75, 10, 20, 35)
-    if change == "cut short":
-        write_wav(tmp_path / "other.wav", noise(4))
-    if change == "replaced":
-        (tmp_path / "other.wav").write_text("no sound")
+    other = Match(write_wav(tmp_path / "other.wav", noise(35)), 0.5, 0.75, 10, 20, 35)
+    change(other.path)
     short.matches = [other, *short.matches]
     first, second = results_of(page.search_page(short, 4, "file", "rain"))
     (fault,) = first.texts("p", **{"class": "fault"})
@@ -539,13 +634,19 @@ def test_a_file_that_changed_costs_its_own_line_only(short, tmp_path, change):
 def test_nothing_of_a_search_becomes_markup(searched):
     tags = "form label input button ol li span audio code a"
     assert_nothing_is_markup(searched, *tags.split())
+
+
+def test_the_sentence_stays_in_the_field(searched):
     (field,) = Elements(searched).of("input")
     assert field.attributes["value"] == f"{HOSTILE_SHOWN} {HOSTILE_SHOWN}"
+
+
+def test_the_player_of_a_result_is_labelled_with_file_and_part(searched):
     labels = [audio.attributes["aria-label"] for audio in Elements(searched).of("audio")]
     assert labels[1] == f"{HOSTILE_SHOWN}.wav, 0:00 to 0:02"
 
 
-def test_what_cannot_be_searched_for_is_told(index):
+def test_what_cannot_be_searched_for_is_reported(index):
     html = page.search_page(index, 4, "file", "!")
     assert Elements(html).texts("p", **{"class": "fault"}) == ["'!': no <word> is left"]
 
@@ -554,9 +655,12 @@ def test_before_a_search_there_is_the_field_alone(index):
     html = page.search_page(index, 4, "file", "")
     assert index.asked == []
     assert "<ol" not in html
-    assert f"4 files in {index.root}" in html
-    index.names = ["one"]
-    assert f"1 file in {index.root}" in page.search_page(index, 4, "file", "")
+
+
+@pytest.mark.parametrize(("names", "files"), [(["a", "b", "c", "d"], "4 files"), (["a"], "1 file")])
+def test_the_page_tells_how_many_files_are_searched_and_where(index, names, files):
+    index.names = names
+    assert f"{files} in {index.root}" in page.search_page(index, 4, "file", "")
 
 
 @pytest.mark.parametrize(
@@ -625,16 +729,22 @@ FOREIGN = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("host", "status"), [(host, 200) for host in LOCAL] + [(host, 403) for host in FOREIGN]
-)
-def test_only_names_of_this_machine_are_answered(index, host, status):
+@pytest.mark.parametrize("host", LOCAL)
+def test_names_of_this_machine_are_answered(index, host):
     index.matches = []
     with serving(index) as server:
         reply = ask(server, "/?q=rain", host)
-    assert reply.status == status
-    assert len(index.asked) == (status == 200)
-    assert ("so that no other web page can read it" in reply.html) == (status == 403)
+    assert reply.status == 200
+    assert index.asked == [("rain", 4, "file")]
+
+
+@pytest.mark.parametrize("host", FOREIGN)
+def test_other_names_are_refused(index, host):
+    with serving(index) as server:
+        reply = ask(server, "/?q=rain", host)
+    assert reply.status == 403
+    assert "so that no other web page can read it" in reply.html
+    assert index.asked == []
 
 
 def test_another_path_is_not_found(index):
@@ -645,12 +755,16 @@ def test_another_path_is_not_found(index):
     assert index.asked == []
 
 
-@pytest.mark.parametrize("port", [None, 70_000])
-def test_a_port_that_cannot_be_had_is_one_line(port):
+def test_a_port_that_is_taken_is_refused():
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken = other.getsockname()[1]
-        with pytest.raises(InputError, match=f"--port {port or taken}: .*; name another"):
-            page.search_server(port or taken)
+        with pytest.raises(InputError, match=f"--port {taken}: .*; name another"):
+            page.search_server(taken)
+
+
+def test_a_port_that_there_cannot_be_is_refused():
+    with pytest.raises(InputError, match="--port 70000: .*; name another"):
+        page.search_server(70_000)
 
 
 def test_the_search_command_serves_the_page(tiny_model, tmp_path, monkeypatch, capsys):
@@ -690,37 +804,60 @@ def browser(tmp_path_factory) -> Iterator[Browser]:
 
 @pytest.fixture
 def opened(written, browser) -> Browser:
-    """The evaluation page, on a phone."""
+    """Open the evaluation page on a phone."""
     browser.be_a_phone()
     browser.open((written.folder / "page.html").as_uri())
     return browser
 
 
-def test_nothing_is_fetched_and_every_control_has_a_name(opened):
+def test_the_page_opens_without_an_error(opened):
     assert opened.script("return document.title") == "A <b>page</b>"
+    assert opened.errors() == []
+
+
+def test_the_page_fetches_nothing(opened):
     assert opened.script("return performance.getEntriesByType('resource').length") == 0
+
+
+def test_a_browser_takes_nothing_from_outside_for_markup(opened):
     assert opened.script("return document.querySelectorAll('main img, main i, main b').length") == 0
+
+
+def test_every_control_has_a_name_for_screen_readers(opened):
     assert opened.script("""
         const controls = [...document.querySelectorAll("audio, figure svg, input, [tabindex]")];
         return controls.filter((control) => !control.ariaLabel && !control.labels.length).length;
     """) == 0
+
+
+def test_no_id_stands_twice_in_the_page(opened):
     assert opened.script("""
         const ids = [...document.querySelectorAll("[id]")].map((element) => element.id);
         return ids.length - new Set(ids).size;
     """) == 0
-    assert opened.errors() == []
+
+
+COUNT_VISIBLE_QUERIES = "return document.querySelectorAll('.query:not([hidden])').length"
+COUNT_VISIBLE_GROUPS = "return document.querySelectorAll('.group:not([hidden])').length"
+
+
+def test_without_a_filter_all_queries_are_shown(opened):
+    assert opened.script(COUNT_VISIBLE_QUERIES) == 60
+    assert opened.script("return shown.textContent") == "60 of 60 queries shown"
 
 
 def test_the_filter_shows_the_queries_that_hold_every_word(opened, written):
-    count = "return document.querySelectorAll('.query:not([hidden])').length + shown.textContent"
-    assert opened.script(count) == "6060 of 60 queries shown"
     opened.type("#filter", "7 BELL")
     captions = [card.caption for card in cards_of(written.html)]
     expected = sum("7" in caption and "Bell" in caption for caption in captions)
     assert expected > 0
-    assert opened.script(count) == f"{expected}{expected} of 60 queries shown"
-    opened.type("#filter", " nonsense")
-    assert opened.script("return document.querySelectorAll('.group:not([hidden])').length") == 0
+    assert opened.script(COUNT_VISIBLE_QUERIES) == expected
+    assert opened.script("return shown.textContent") == f"{expected} of 60 queries shown"
+
+
+def test_a_group_of_which_no_query_is_shown_is_hidden(opened):
+    opened.type("#filter", "nonsense")
+    assert opened.script(COUNT_VISIBLE_GROUPS) == 0
 
 
 def test_sounds_play_one_at_a_time_and_show_their_length(opened):
@@ -777,28 +914,50 @@ def test_the_page_is_dark_where_the_system_is(opened):
     assert opened.script(background) == "rgb(20, 24, 28)"
 
 
-def test_the_search_page_in_a_browser(index, browser):
-    browser.be_a_phone()
-    with serving(index) as server:
+ENTER = "\ue007"
+
+
+def test_the_cursor_is_in_the_field_before_and_after_a_search(short, browser):
+    with serving(short) as server:
         browser.open(f"http://localhost:{server.server_port}/")
         assert browser.script("return document.activeElement.id") == "q"
-        browser.type("#q", "rain\ue007")  # the Enter key
-        lengths = browser.script("""
-            const players = [...document.querySelectorAll("audio")];
-            for (const player of players) {
-                if (!player.duration) {
-                    await new Promise((done) => { player.onloadedmetadata = done; });
-                }
-            }
-            return players.map((player) => player.duration);
-        """)
-        assert lengths == pytest.approx([10, 2, 5, 10], abs=0.2)
+        browser.type("#q", "rain" + ENTER)
         assert browser.script("return document.activeElement.value") == "rain"
-        assert browser.script("return document.documentElement.scrollWidth") <= 390
-        assert browser.script("""
-            const player = document.querySelector("audio");
-            await player.play();
-            await new Promise((done) => { player.ontimeupdate = done; });
-            return player.currentTime > 0;
-        """)
-    assert browser.errors() == []
+
+
+@pytest.fixture
+def searched_in_browser(short, browser) -> Iterator[Browser]:
+    """Open the page of a search for rain on a phone."""
+    browser.be_a_phone()
+    browser.errors()  # Those of other tests are not this one's.
+    with serving(short) as server:
+        browser.open(f"http://localhost:{server.server_port}/?q=rain")
+        yield browser
+
+
+def test_the_search_page_opens_without_an_error(searched_in_browser):
+    assert searched_in_browser.errors() == []
+
+
+def test_the_player_of_a_result_shows_its_length(searched_in_browser):
+    seconds = searched_in_browser.script("""
+        const player = document.querySelector("audio");
+        if (!player.duration) {
+            await new Promise((done) => { player.onloadedmetadata = done; });
+        }
+        return player.duration;
+    """)
+    assert seconds == pytest.approx(2, abs=0.2)
+
+
+def test_the_player_of_a_result_plays(searched_in_browser):
+    assert searched_in_browser.script("""
+        const player = document.querySelector("audio");
+        await player.play();
+        await new Promise((done) => { player.ontimeupdate = done; });
+        return player.currentTime > 0;
+    """)
+
+
+def test_on_a_phone_results_need_no_scrolling_to_the_side(searched_in_browser):
+    assert searched_in_browser.script("return document.documentElement.scrollWidth") <= 390

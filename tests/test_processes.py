@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import write_folder
-from two_processes import SCRIPTS, make_comparable
+from conftest import make_comparable, write_folder
+from two_processes import SCRIPTS, draw_no_curves
 
 from dualenc import DualEncoder
 
@@ -15,7 +15,7 @@ PROGRAM = Path(__file__).with_name("two_processes.py")
 
 
 def commands(folder: Path, out: Path) -> list[list[str]]:
-    """Four runs and one that is refused: five pairs cannot be shared by two processes."""
+    """Return four runs and one that is refused: two processes cannot share five pairs."""
     common = [
         "--datasets", f"{folder}/sounds", "--cache-dir", f"{folder}/cache", "--batch-size", "4",
         "--epochs", "1", "--workers", "0", "--device", "cpu", "--log-every", "1",
@@ -32,7 +32,7 @@ def commands(folder: Path, out: Path) -> list[list[str]]:
 
 
 class Runs:
-    """The same commands by one process, in folder/one, and by two, in folder/two."""
+    """The runs of the same commands by one process, in folder/one, and by two, in folder/two."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -43,6 +43,7 @@ class Runs:
     def _run_in_one_process(self) -> None:
         with pytest.MonkeyPatch.context() as patch:
             make_comparable(patch.setattr)
+            draw_no_curves(patch.setattr)
             for script, *arguments in commands(self.folder, self.folder / "one")[:-1]:
                 patch.setattr(sys, "argv", [script, *arguments])
                 SCRIPTS[script].main()
@@ -97,9 +98,12 @@ def test_each_process_draws_dropout_of_its_own(runs):
     draws = []
     for rank in (0, 1):
         draws += json.loads((runs.folder / f"draws-{rank}.json").read_text())
-    # The four runs have one seed and so the same draws: 4 steps an epoch, of 2 processes.
-    assert len(draws) == 4 * 4 * 2
-    assert len(set(draws)) == 4 * 2
+    # The four runs have one seed and so the same draws.
+    runs_made = 4
+    steps = 4
+    processes = 2
+    assert len(draws) == runs_made * steps * processes
+    assert len(set(draws)) == steps * processes
 
 
 def test_the_log_is_that_of_one_process(runs):
@@ -115,6 +119,5 @@ def test_the_first_process_speaks_for_all(runs):
     assert runs.printed.count("Done after step 4") == 4
 
 
-def test_a_batch_that_two_processes_cannot_share_is_refused(runs):
-    # By each of them; run_command prints the first one's line.
+def test_each_process_refuses_a_batch_that_two_cannot_share(runs):
     assert runs.printed.count("refused: --batch-size 5") == 2

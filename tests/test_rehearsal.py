@@ -89,7 +89,7 @@ def write_stand_ins(folder: Path, passt_depth: int, roberta_sizes: dict[str, int
 
 
 def commands(folder: Path, *more: str) -> list[list[str]]:
-    """README's three commands, and a second teacher's; the runs' folders are the default ones."""
+    """Return README's three commands and a second teacher's; the runs have the default folders."""
     data = ["--data-dir", f"{folder}/data"]
     training = [*data, "--max-steps", "1", "--workers", "0", *more]
     teacher = ["train.py", "--datasets", "clotho", "audiocaps"]
@@ -108,10 +108,10 @@ def commands(folder: Path, *more: str) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory) -> Path:
-    """The folder in which the commands have run; printed.txt there holds what they printed.
+    """Run the commands in a folder, and return it; printed.txt there holds what they printed.
 
-    One layer of PaSST's twelve, a small RoBERTa and batches of eight: names, files and code are the
-    real ones.
+    PaSST has one layer of its twelve, RoBERTa is small and batches are of eight pairs; names, files
+    and code are the real ones.
     """
     folder = tmp_path_factory.mktemp("rehearsal")
     write_stand_ins(folder, 1, SMALL)
