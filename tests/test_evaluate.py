@@ -112,6 +112,8 @@ def here(tmp_path_factory, tiny_model) -> Path:
     write_folder(folder / "mine", 4)
     for name, (temperature, _, stage, trained_on) in MODELS.items():
         write_checkpoint(folder / f"{name}.pt", tiny_model, stage, trained_on, temperature)
+    # As the published checkpoints, it holds no tokenizer.
+    torch.save(tiny_model.checkpoint() | {"tokenizer": None}, folder / "bare.pt")
     return folder
 
 
@@ -617,6 +619,28 @@ def test_without_checkpoint_the_newest_run_is_evaluated(
     assert "runs/second/best.pt" in capsys.readouterr().out
 
 
+# --- How the split is embedded ---
+
+
+def test_the_models_embed_in_the_precision_given(here, monkeypatch, known_embeddings):
+    precisions = []
+
+    def embed_and_note(model, captions):
+        precisions.append(model.precision)
+        return known_embed_text(model, captions)
+
+    monkeypatch.setattr(DualEncoder, "embed_text", embed_and_note)
+    run_evaluate(here, monkeypatch, "--checkpoint", "a.pt", "--precision", "bf16")
+    assert precisions == [torch.bfloat16]
+
+
+def test_decoded_sounds_are_kept_in_the_folder_given(
+    here, monkeypatch, tmp_path, known_embeddings
+):
+    run_evaluate(here, monkeypatch, "--checkpoint", "a.pt", "--cache-dir", tmp_path)
+    assert len(list(tmp_path.glob("*.npy"))) == len(CLIPS)
+
+
 # --- The new annotations ---
 
 
@@ -712,7 +736,10 @@ def test_a_query_that_is_no_caption_is_refused_where_all_clips_are_there(
 # --- Bad input: one line, exit status 2, before any long work ---
 
 TRAIN = "--preset tiny --device cpu --cache-dir cache --batch-size 2 --datasets"
+STUDENT = "--datasets here/mine --device cpu --cache-dir cache --batch-size 2"
 EVALUATE = "--data-dir here --checkpoint here/a.pt"
+BARE = "here/bare.pt --tokenizer elsewhere"
+NO_TOKENIZER = "elsewhere: cannot be fetched"
 BAD = [  # script, its options, what the line says
     (train, f"{TRAIN} clotho", "no clotho here: looked for"),
     (train, f"{TRAIN} nowhere", "nowhere: no data set"),
@@ -734,6 +761,11 @@ BAD = [  # script, its options, what the line says
     (evaluate, f"{EVALUATE} --annotations gone.csv", "--annotations gone.csv: no such file"),
     (evaluate, f"{EVALUATE} --split all", "clotho has train, val"),
     (search, "dog --audio here/mine --checkpoint gone.pt", "gone.pt: no such checkpoint"),
+    (train, f"{TRAIN} here/mine --init {BARE}", NO_TOKENIZER),
+    (distill, f"{STUDENT} --teachers {BARE}", NO_TOKENIZER),
+    (distill, f"{STUDENT} --init here/a.pt --teachers {BARE}", NO_TOKENIZER),
+    (evaluate, f"--data-dir here --checkpoint {BARE}", NO_TOKENIZER),
+    (search, f"dog --audio here/mine --checkpoint {BARE}", NO_TOKENIZER),
 ]
 
 

@@ -272,6 +272,22 @@ def test_samples_that_are_not_finite_floats_or_int16_are_refused(tiny_model, sou
         tiny_model.embed_audio(sound)
 
 
+# --- The tiny preset's own tokenizer ---
+
+def test_a_trained_tokenizer_is_of_robertas_form():
+    tokenizer = text.train_bpe(["A DOG!"] * 5, 300)
+    tokens = text.tokenize(tokenizer, ["dog", "a dog"])
+    assert tokens[0].tolist()[-1] == 1  # <pad>
+    for row in tokens.tolist():
+        words = [token for token in row if token != 1]
+        assert (words[0], words[-1]) == (0, 2)  # <s> and </s>
+
+
+def test_a_trained_tokenizer_knows_the_words_of_its_captions():
+    tokenizer = text.train_bpe(["A DOG!"] * 5, 300)
+    assert len(tokenizer.encode("a dog").tokens) == 4  # "a", " dog", <s> and </s>
+
+
 # --- Published weights that cannot be had ---
 
 @pytest.mark.parametrize("load, remedy", [

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_comparable, note_draws, write_csv, write_wav
+from conftest import make_comparable, note_draws, write_csv, write_folder, write_wav
 
 import distill
 import train
@@ -33,6 +33,7 @@ from dualenc.errors import InputError, reason_of
 from dualenc.losses import contrastive_loss
 from dualenc.model import PRESETS
 from dualenc.page import write_curves
+from dualenc.text import train_bpe
 from dualenc.training import learning_rate
 
 TRAINING_CLIPS = range(0, 6)  # the numbers of Clotho's development clips
@@ -174,7 +175,7 @@ def whole(data, tmp_path_factory) -> WholeRun:
     began = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(train, "write_curves", write_curves)
-        run_train(patch, data, folder, "--cache-dir", data / "cache")
+        run_train(patch, data, folder, "--cache-dir", folder.with_name("sounds"))
     ended = datetime.datetime.now(datetime.UTC)
     return WholeRun(folder, printed.getvalue(), began, ended)
 
@@ -255,6 +256,65 @@ def test_a_clip_encoded_once_is_the_clip_encoded_for_each_caption(data, model_an
     torch.testing.assert_close(audio, alone, rtol=0, atol=1e-5)
     captions = model.embed_text([split.captions[pair] for pair in batch.pair_ids.tolist()])
     torch.testing.assert_close(text, captions, rtol=0, atol=1e-5)
+
+
+def test_micro_batch_is_how_many_pairs_are_encoded_at_a_time(data, tmp_path, monkeypatch):
+    sizes = []
+    encode_text = DualEncoder.encode_text
+
+    def encode_and_note(self, tokens):
+        if torch.is_grad_enabled():
+            sizes.append(len(tokens))
+        return encode_text(self, tokens)
+
+    monkeypatch.setattr(DualEncoder, "encode_text", encode_and_note)
+    run_train(monkeypatch, data, tmp_path / "run", "--micro-batch", 3, "--max-steps", 1)
+    in_forward = [3, 1]
+    in_backward = [1, 3]
+    assert sizes == in_forward + in_backward
+
+
+def test_captions_per_clip_stand_together_in_a_batch(data, tmp_path, monkeypatch):
+    batches = []
+    stage_1_loss = train.stage_1_loss
+
+    def loss_and_note(audio, text, clip_ids, *rest):
+        batches.append(clip_ids.tolist())
+        return stage_1_loss(audio, text, clip_ids, *rest)
+
+    monkeypatch.setattr(train, "stage_1_loss", loss_and_note)
+    run_train(monkeypatch, data, tmp_path / "run", "--captions-per-clip", 2)
+    assert len(batches) == 2 * STEPS_PER_EPOCH
+    for first, second, third, fourth in batches:
+        assert first == second
+        assert third == fourth
+
+
+# --- The start ---
+
+
+def test_a_run_may_start_from_a_student_and_is_then_no_student(
+    data, tmp_path, monkeypatch, teachers
+):
+    saved = torch.load(teachers[0], weights_only=True)
+    start = tmp_path / "start.pt"
+    torch.save(saved | {"stage": "distilled", "trained_on": ["audiocaps/train"]}, start)
+    run_train(monkeypatch, data, tmp_path / "run", "--init", start, "--max-steps", 1)
+    model = DualEncoder.load(tmp_path / "run")
+    assert model.stage == "contrastive"
+    assert model.trained_on == ["audiocaps/train", "clotho/development"]
+    for name, weights in model.state_dict().items():
+        # The one step, at a learning rate of 1e-6, moves a weight by 1e-6.
+        torch.testing.assert_close(weights, saved["model"][name], rtol=0, atol=2e-6)
+
+
+def test_a_new_tokenizer_is_trained_on_the_captions_of_all_splits(data, tmp_path, monkeypatch):
+    run_train(monkeypatch, data, tmp_path / "run", *BOTH, "--max-steps", 1)
+    captions = []
+    for part in AUDIOCAPS_CLIPS:
+        captions += read_split("audiocaps", part, data).captions
+    captions += read_split("clotho", "train", data).captions
+    assert best(tmp_path / "run")["tokenizer"] == train_bpe(captions, 300).to_str()
 
 
 # --- The loop by a second route ---
@@ -362,6 +422,21 @@ def test_a_run_killed_at_an_epochs_end_repeats_the_steps_since_last_pt(
     assert_same_run(whole.folder, tmp_path / "killed")
 
 
+def test_last_pt_is_written_within_an_epoch_where_that_is_asked_for(data, tmp_path, monkeypatch):
+    stage_1_loss = train.stage_1_loss
+    steps = itertools.count(start=1)
+
+    def kill_in_step_3(*arguments):
+        if next(steps) == 3:
+            raise Killed
+        return stage_1_loss(*arguments)
+
+    monkeypatch.setattr(train, "stage_1_loss", kill_in_step_3)
+    with pytest.raises(Killed):
+        run_train(monkeypatch, data, tmp_path / "run", "--save-every", 2)
+    assert last(tmp_path / "run")["training"]["step"] == 2
+
+
 def signal_in_step(monkeypatch, number: int, signalled_step: int) -> None:
     """Have this process receive a signal while its n-th step from now is under way."""
     stage_1_loss = train.stage_1_loss
@@ -403,6 +478,13 @@ def test_a_run_that_a_signal_ended_is_resumed_to_the_uninterrupted_one(
         run_train(patch, data, run)
     run_train(monkeypatch, data, run)
     assert_same_run(whole.folder, run)
+
+
+def test_after_a_signal_a_second_one_ends_the_process(data, tmp_path, monkeypatch):
+    signal_in_step(monkeypatch, signal.SIGTERM, 1)
+    run_train(monkeypatch, data, tmp_path / "run")
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_signal_in_the_last_step_of_an_epoch_waits_for_the_validation(
@@ -602,9 +684,32 @@ def test_a_full_disk_leaves_the_checkpoints_as_they_were(data, run, monkeypatch)
     assert files_of(run) == before
 
 
-def test_other_settings_are_refused_with_both_values(data, run, monkeypatch):
-    with pytest.raises(InputError, match="max_lr: was 0.001, now 0.5"):
-        run_train(monkeypatch, data, run, "--max-lr", 0.5)
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--max-lr", 0.5, "max_lr: was 0.001, now 0.5"),
+        ("--seed", 1, "seed: was 0, now 1"),
+        ("--precision", "bf16", "precision: was fp32, now bf16"),
+        ("--datasets", "audiocaps", "data: was .*clotho/development.*, now .*audiocaps/train"),
+    ],
+)
+def test_other_settings_are_refused_with_both_values(
+    data, run, monkeypatch, option, value, message
+):
+    with pytest.raises(InputError, match=message):
+        run_train(monkeypatch, data, run, option, value)
+
+
+def test_a_run_that_has_ended_goes_on_with_more_epochs(data, tmp_path, monkeypatch):
+    run_train(monkeypatch, data, tmp_path / "run", "--epochs", 1)
+    run_train(monkeypatch, data, tmp_path / "run", "--epochs", 2)
+    assert last(tmp_path / "run")["training"]["step"] == 2 * STEPS_PER_EPOCH
+
+
+def test_a_damaged_last_pt_is_one_line(data, run, monkeypatch):
+    (run / "last.pt").write_bytes(b"half")
+    with pytest.raises(InputError, match="last.pt: is damaged, or an earlier version's; name"):
+        run_train(monkeypatch, data, run)
 
 
 def test_a_temporary_file_of_a_killed_write_is_replaced(data, run, monkeypatch):
@@ -736,6 +841,18 @@ def test_an_epochs_loss_in_the_log_is_the_mean_of_its_steps(whole, epoch):
     assert mean == pytest.approx(np.mean(steps), abs=1e-9)
 
 
+def test_an_intervals_loss_in_the_log_is_the_mean_of_its_last_steps(
+    data, whole, tmp_path, monkeypatch
+):
+    losses = {line["step"]: line["loss"] for line in log_of(whole.folder) if "lr" in line}
+    run_train(monkeypatch, data, tmp_path / "run", "--log-every", 2)
+    means = {line["step"]: line["loss"] for line in log_of(tmp_path / "run") if "lr" in line}
+    # Intervals begin anew with each epoch, and the last one ends with it.
+    assert list(means) == [2, 3, 5, 6]
+    for step, mean in means.items():
+        assert mean == pytest.approx((losses[step - 1] + losses[step]) / 2, abs=1e-9)
+
+
 def test_lines_of_the_log_have_the_time(whole):
     lines = whole_log_of(whole.folder)[1:]
     times = [datetime.datetime.fromisoformat(line["time"]) for line in lines]
@@ -757,12 +874,24 @@ def test_a_run_draws_its_curves(whole):
     assert (whole.folder / "curves.svg").exists()
 
 
+def test_decoded_sounds_are_kept_in_the_folder_given(whole):
+    decoded = list(whole.folder.with_name("sounds").glob("*.npy"))
+    assert len(decoded) == len(TRAINING_CLIPS) + len(VALIDATION_CLIPS)
+
+
 def test_the_next_command_finds_the_data(data, whole):
     expected = (
         f"Next: python evaluate.py --checkpoint {whole.folder}/best.pt --data-dir {data} "
-        f"--cache-dir {data}/cache\n"
+        f"--cache-dir {whole.folder.with_name('sounds')}\n"
     )
     assert whole.printed.endswith(expected)
+
+
+def test_the_next_command_evaluates_what_was_held_out_of_a_folder(tmp_path, monkeypatch, capsys):
+    folder = write_folder(tmp_path / "mine", clips=6)
+    more = ["--datasets", folder, "--max-steps", 1]
+    run_train(monkeypatch, tmp_path, tmp_path / "run", *more)
+    assert capsys.readouterr().out.endswith(f" --dataset {folder} --split val\n")
 
 
 # --- Stage 2 ---
@@ -802,6 +931,7 @@ def stop_before_the_loop(monkeypatch) -> SimpleNamespace:
         given.run = run
         given.model = model
         given.batches = batches
+        given.validation = validation
         given.loss_fn = loss_fn
         run.close()
         return 0
@@ -937,6 +1067,35 @@ def test_the_final_loss_is_the_weighted_sum_of_both(final_loss):
 # --- Teachers and students ---
 
 
+def test_the_student_starts_from_another_checkpoint_where_one_is_named(
+    data, tmp_path, monkeypatch, teachers
+):
+    given = stop_before_the_loop(monkeypatch)
+    run_distill(monkeypatch, data, tmp_path / "run", teachers, "--init", teachers[1])
+    assert_same_weights(given.model.state_dict(), DualEncoder.load(teachers[1]).state_dict())
+
+
+def test_clothos_validation_split_chooses_the_best_student(given):
+    assert given.validation.name == "clotho/validation"
+
+
+def test_students_and_teachers_compute_in_the_precision_given(
+    data, tmp_path, monkeypatch, teachers
+):
+    precisions = []
+    embed_text = DualEncoder.embed_text
+
+    def embed_and_note(self, captions):
+        precisions.append(self.precision)
+        return embed_text(self, captions)
+
+    monkeypatch.setattr(DualEncoder, "embed_text", embed_and_note)
+    given = stop_before_the_loop(monkeypatch)
+    run_distill(monkeypatch, data, tmp_path / "run", teachers, "--precision", "bf16")
+    assert precisions == [torch.bfloat16, torch.bfloat16]
+    assert given.model.precision == torch.bfloat16
+
+
 def test_teachers_embed_the_training_set_once(data, tmp_path, monkeypatch, teachers):
     stop_before_the_loop(monkeypatch)
     run_distill(monkeypatch, data, tmp_path / "run", teachers)
@@ -948,11 +1107,20 @@ def test_teachers_embed_the_training_set_once(data, tmp_path, monkeypatch, teach
     run_distill(monkeypatch, data, tmp_path / "run", teachers)
 
 
-def test_the_student_has_seen_what_its_teachers_have(data, tmp_path, monkeypatch, teachers):
-    other = copy_trained_on(teachers[1], tmp_path, "audiocaps/train", "wavcaps/train")
+def test_the_student_has_seen_what_its_start_and_its_teachers_have(
+    data, tmp_path, monkeypatch, teachers
+):
+    copies = []
+    for i, split in enumerate(["mine@1/all", "audiocaps/train", "wavcaps/train"]):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        copies.append(copy_trained_on(teachers[0], folder, split))
+    start, *others = copies
     given = stop_before_the_loop(monkeypatch)
-    run_distill(monkeypatch, data, tmp_path / "run", [teachers[0], other])
-    assert given.model.trained_on == ["audiocaps/train", "clotho/development", "wavcaps/train"]
+    run_distill(monkeypatch, data, tmp_path / "run", others, "--init", start)
+    assert given.model.trained_on == [
+        "audiocaps/train", "clotho/development", "mine@1/all", "wavcaps/train"
+    ]
 
 
 def test_other_teachers_are_refused_by_name(data, tmp_path, monkeypatch, teachers):
@@ -1003,3 +1171,10 @@ def test_published_checkpoints_can_teach(data, tmp_path, monkeypatch, teachers):
 def test_stage_2_trains_on_clotho_alone(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["distill.py", "--teachers", "a.pt"])
     assert distill.parse_arguments().datasets == ["clotho"]
+
+
+def test_both_losses_have_the_same_weight_unless_told_otherwise(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["distill.py", "--teachers", "a.pt"])
+    args = distill.parse_arguments()
+    assert args.contrastive_weight == 1
+    assert args.distillation_weight == 1
