@@ -229,7 +229,9 @@ def test_a_csv_that_cannot_be_used_is_named_with_its_fault(tmp_path, text, messa
 
 
 def test_an_empty_row_as_excel_leaves_it_is_none(tmp_path):
-    (tmp_path / "captions.csv").write_bytes(b"file_name,caption\r\na.wav,rain\r\n,\r\n,\r\n")
+    byte_order_mark = b"\xef\xbb\xbf"
+    table = byte_order_mark + b"file_name,caption\r\na.wav,rain\r\n,\r\n,\r\n"
+    (tmp_path / "captions.csv").write_bytes(table)
     touch(tmp_path / "a.wav")
     split = read_split(str(tmp_path), "all", tmp_path)
     assert [clip.captions for clip in split.clips] == [("rain",)]
@@ -398,7 +400,7 @@ def test_check_says_what_is_wrong_with_each_sound(tmp_path, check):
     (folder / "0.wav").write_bytes(b"no sound")
     whole = (folder / "1.wav").read_bytes()
     (folder / "1.wav").write_bytes(whole[: len(whole) // 2])
-    write_wav(folder / "2.wav", np.zeros(32_000))
+    write_wav(folder / "2.wav", np.full(32_000, 1 / INT16_SCALE))
     write_wav(folder / "3.wav", np.stack([noise(1.0), -noise(1.0)], axis=1))
     os.remove(folder / "5.wav")
     status, (headline, *faults, advice, count) = check(folder)
@@ -418,9 +420,10 @@ def test_check_says_what_is_wrong_with_each_sound(tmp_path, check):
 
 
 def test_check_finds_nothing_wrong_with_sound_at_either_end_of_a_long_file(tmp_path, check):
-    silence = np.zeros(22 * SAMPLE_RATE)
-    write_wav(tmp_path / "early.wav", np.append(noise(1.0), silence))
-    write_wav(tmp_path / "late.wav", np.append(silence, noise(1.0)))
+    silence = np.full(22 * SAMPLE_RATE, 1 / INT16_SCALE)
+    soft = 0.01 * noise(1.0)
+    write_wav(tmp_path / "early.wav", np.append(soft, silence))
+    write_wav(tmp_path / "late.wav", np.append(silence, soft))
     status, lines = check(tmp_path)
     assert status == 0
     assert lines[1:] == ["0 faults"]
