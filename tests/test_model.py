@@ -276,11 +276,9 @@ def test_samples_that_are_not_finite_floats_or_int16_are_refused(tiny_model, sou
 
 def test_a_trained_tokenizer_is_of_robertas_form():
     tokenizer = text.train_bpe(["A DOG!"] * 5, 300)
-    tokens = text.tokenize(tokenizer, ["dog", "a dog"])
-    assert tokens[0].tolist()[-1] == 1  # <pad>
-    for row in tokens.tolist():
-        words = [token for token in row if token != 1]
-        assert (words[0], words[-1]) == (0, 2)  # <s> and </s>
+    shorter, longer = text.tokenize(tokenizer, ["a dog", "a dog, a dog"]).tolist()
+    assert (shorter[0], *shorter[-3:]) == (0, 2, 1, 1)  # <s>, </s> and twice <pad>
+    assert (longer[0], longer[-1]) == (0, 2)
 
 
 def test_a_trained_tokenizer_knows_the_words_of_its_captions():
