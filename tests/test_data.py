@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from conftest import (
     CAPTIONS, noise, touch, write_annotations, write_csv, write_folder, write_wav,
 )
@@ -215,6 +216,7 @@ def test_a_folder_is_known_by_its_contents_wherever_it_lies(tmp_path):
         (b"\xff\xfef\x00i\x00\n", r"UTF-8.*first line is"),
         (b"file_name,caption\na.wav,\xe9t\xe9\n", r"UTF-8.*can't decode"),
         (b"file_name,caption\na.wav,rain\nb.wav\n", r"first line: line 3"),
+        (b"file_name,caption\na.wav,rain, then wind\n", r"first line: line 2"),
         (b"file_name,caption\n", r"has no rows"),
         (b"file_name,caption\na.wav,\n", r"without a caption.*a\.wav"),
         (b"file\x1b[2Jname\n", r"first line is 'file\\x1b\[2Jname'|\\\\x1b"),
@@ -739,6 +741,14 @@ def test_pieces_are_the_parts_of_one_batch(split, pairs):
     assert tokens == whole.tokens.tolist()
     for sound, expected in zip(sounds, sounds_of_pairs(whole), strict=True):
         np.testing.assert_array_equal(sound, expected)
+
+
+def test_every_tensor_of_a_batch_is_pinned(split, monkeypatch):
+    batch = PairBatches([split], train_bpe(CAPTIONS, 1000), 8)[0]
+    # A stand-in, since pinned memory needs a GPU.
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: -tensor)
+    for name, pinned in vars(batch.pin_memory()).items():
+        assert torch.equal(pinned, -getattr(batch, name)), name
 
 
 @pytest.fixture(scope="module")
