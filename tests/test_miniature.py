@@ -500,7 +500,8 @@ def test_the_demo_distils_each_student_from_two_teachers_of_its_row(
     commands_of_seeds_0_and_3, row, seed, first, second
 ):
     teachers = f"runs/demo/{row}-teacher{first}/best.pt runs/demo/{row}-teacher{second}/best.pt"
-    command = f"distill.py --teachers {teachers} .*--out runs/demo/{row}-student{seed}\n"
+    options = f"--seed {seed} --epochs .*--out runs/demo/{row}-student{seed}"
+    command = f"distill.py --teachers {teachers} {options}\n"
     assert re.search(command, commands_of_seeds_0_and_3)
 
 
@@ -529,9 +530,9 @@ def test_a_run_that_fails_at_once_is_noticed(tmp_path):
 
 
 def test_with_the_reports_settings_the_demo_trains_in_the_foreground(tmp_path):
-    stand_in(tmp_path, 'echo "$*"')
-    done = run_demo(tmp_path, PRESET="report", DATA="data")
-    assert "train.py --datasets clotho --seed 0 --preset report --data-dir data" in done.stdout
+    stand_in(tmp_path, 'printf "%s|" "$@"')
+    done = run_demo(tmp_path, PRESET="report", DATA="my data")
+    assert "train.py|--datasets|clotho|--seed|0|--preset|report|--data-dir|my data|" in done.stdout
     assert "miniature" not in done.stdout
 
 
