@@ -1,4 +1,4 @@
-"""When things go wrong: exit statuses, one line instead of a traceback, files whole or not at all."""
+"""When things go wrong: exit statuses, one line and no traceback, files whole or not at all."""
 
 import subprocess
 import sys
