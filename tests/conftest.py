@@ -105,7 +105,11 @@ def make_comparable(set_attribute: Callable) -> None:
     Args:
         set_attribute: setattr, or the one of a monkeypatch.
     """
-    set_attribute(DualEncoder, "train", lambda self, mode=True: nn.Module.train(self, False))
+
+    def stay_in_evaluation_mode(model, mode=True):
+        return nn.Module.train(model, False)
+
+    set_attribute(DualEncoder, "train", stay_in_evaluation_mode)
     set_attribute(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, eps=1e-5))
 
 

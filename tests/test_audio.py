@@ -3,6 +3,9 @@
 That log-mel and PaSST equal hear21passt's is tested in test_model.py.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -127,6 +130,19 @@ def test_attention_is_hear21passts_in_either_way(precision, bound):
 
 # --- The tower ---
 
+@contextlib.contextmanager
+def noted_outputs(module: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Yield a list that receives what a module computes within the block."""
+    outputs = []
+
+    def note(module, inputs, output):
+        outputs.append(output)
+
+    hook = module.register_forward_hook(note)
+    yield outputs
+    hook.remove()
+
+
 @torch.no_grad()
 def test_int16_segments_have_the_features_of_floats_in_minus_1_to_1(tower):
     segments = torch.randint(-3000, 3000, (1, 320_000), dtype=torch.int16)
@@ -154,20 +170,20 @@ def test_patchout_and_jitter_are_for_training_only(tower):
 @torch.no_grad()
 def test_training_leaves_the_patchouts_rows_and_columns_out():
     tower = audio.AudioTower(96, 1, 3, (16, 16), patchout=(2, 15)).train()
-    lengths = []
-    tower.passt.blocks[0].register_forward_hook(lambda *call: lengths.append(call[2].shape[1]))
-    tower(torch.from_numpy(noise(10))[None])
-    rows, columns, tokens = 8 - 2, 62 - 15, 2
-    assert lengths == [tokens + rows * columns]
+    with noted_outputs(tower.passt.blocks[0]) as outputs:
+        tower(torch.from_numpy(noise(10))[None])
+    tokens = 2
+    rows = 8 - 2
+    columns = 62 - 15
+    assert [output.shape for output in outputs] == [(1, tokens + rows * columns, 96)]
 
 
 @torch.no_grad()
 def test_log_mel_is_computed_in_fp32_under_autocast(tower):
     segments = torch.from_numpy(noise(10))[None]
-    expected = tower.mel(segments)
-    log_mels = []
-    hook = tower.mel.register_forward_hook(lambda *call: log_mels.append(call[2]))
-    with torch.autocast("cpu", torch.bfloat16):
+    with noted_outputs(tower.mel) as log_mels:
         tower(segments)
-    hook.remove()
-    assert log_mels[0].equal(expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            tower(segments)
+    without_autocast, under_autocast = log_mels
+    assert under_autocast.equal(without_autocast)

@@ -1,6 +1,7 @@
 """Checkpoints: names and files, fetching from a local server, salsa's and the baseline's files."""
 
 import http.server
+import itertools
 import math
 import os
 import string
@@ -510,7 +511,8 @@ def test_a_checkpoint_without_a_tokenizer_takes_the_one_given(published_file, ro
 def test_a_tokenizer_with_more_entries_than_the_embedding_has_rows_is_refused(
     published_file, tmp_path
 ):
-    words = [f"{first}{second}" for first in string.ascii_letters for second in "abcdefghijklmnop"]
+    pairs_of_letters = itertools.product(string.ascii_letters, "abcdefghijklmnop")
+    words = ["".join(pair) for pair in pairs_of_letters]
     tokenizer = text.train_bpe(words * 2, 401)
     assert tokenizer.get_vocab_size() == 401
     RobertaTokenizer(tokenizer_object=tokenizer).save_pretrained(tmp_path / "large")

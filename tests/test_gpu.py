@@ -165,7 +165,7 @@ def test_nothing_in_a_step_waits_for_the_gpu(step):
     assert step.gpu.syncs == set()
 
 
-def test_the_towers_linear_maps_are_in_the_towers_type_and_the_heads_in_fp32(step):
+def test_linear_maps_are_in_the_towers_type_or_in_fp32(step):
     assert step.gpu.types["addmm"] == {step.tower_type, torch.float32}
 
 
@@ -222,6 +222,22 @@ def test_both_towers_attend_in_the_towers_type(precision, monkeypatch):
     with pretended_gpu():
         model.encode_pairs(make_batch())
     assert types == [{precision}] * (2 + 2)  # two layers in each tower
+
+
+@pytest.mark.parametrize("head", ["audio_projection", "text_projection"])
+def test_both_heads_are_in_fp32_beside_towers_in_bf16(head):
+    types = []
+
+    def record(module, inputs, output):
+        types.append(output.dtype)
+
+    model = pretended_model("tiny")
+    model.precision = torch.bfloat16
+    hook = getattr(model, head).register_forward_hook(record)
+    with pretended_gpu():
+        model.encode_pairs(make_batch())
+    hook.remove()
+    assert types == [torch.float32]
 
 
 def test_the_text_mask_has_the_shape_that_transformers_does_not_check_on_the_host(tiny_model):

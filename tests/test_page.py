@@ -337,8 +337,8 @@ def shown_rows(written) -> list[int]:
 
 
 def test_the_best_and_the_worst_queries_are_shown(written):
-    ranks = right_ranks(written.evaluation)
-    best_first = sorted(range(N_CAPTIONS), key=lambda row: (ranks[row][0], -ranks[row][1]))
+    rank_and_loss = [(rank, -score) for rank, score in right_ranks(written.evaluation)]
+    best_first = sorted(range(N_CAPTIONS), key=rank_and_loss.__getitem__)
     assert shown_rows(written)[:20] == best_first[:20]
     assert shown_rows(written)[20:40] == best_first[::-1][:20]
 
@@ -576,7 +576,9 @@ def test_results_show_the_file_and_the_part_that_matches(searched):
 
 
 def test_results_show_the_full_path(searched, library):
-    paths = [path for result in results_of(searched) for path in result.texts("code")]
+    paths = []
+    for result in results_of(searched):
+        paths += result.texts("code")
     long = str(library / "deep" / "long.wav")
     assert paths == [long, f"{library}/{HOSTILE_SHOWN}.wav", long, long]
 

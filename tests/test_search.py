@@ -140,7 +140,7 @@ def index_of(model, segments, counts):
     As after many saves, they lie in three parts, and in another order than that of the files.
     """
     segments = torch.as_tensor(segments)
-    scaled = torch.cat([own / own.sum(dim=0).norm() for own in segments.split(counts)])
+    scaled = torch.cat([of_file / of_file.sum(dim=0).norm() for of_file in segments.split(counts)])
     order = torch.randperm(len(scaled), generator=torch.Generator().manual_seed(0))
     contents = {f"{i:03}": Content(10.0 * count, count, "") for i, count in enumerate(counts)}
     parts = scaled[order].tensor_split(3)
@@ -730,7 +730,7 @@ def test_an_interruption_ends_all_threads(tiny_model, sounds, interrupt_at):
 
 @pytest.fixture
 def long_sounds(tmp_path):
-    """A folder of one sound of seven segments, the last one short."""
+    """Write a folder of one sound of seven segments, the last one short."""
     write_wav(tmp_path / "long" / "recording.wav", noise(65, 1))
     return tmp_path / "long"
 
@@ -782,7 +782,7 @@ def test_prune_drops_what_an_interruption_left_of_a_recording_that_is_gone(
 def test_a_recording_is_saved_while_it_is_embedded(
     tiny_model, long_sounds, interrupt_at, monkeypatch
 ):
-    """As it must be where the power fails, when nothing is saved at the end."""
+    # Where the power fails, nothing is saved at the end.
     monkeypatch.setattr(search, "SAVE_SECONDS", 0)
     save_unfinished = search.StoredIndex.save_unfinished
     saved = []
@@ -836,12 +836,12 @@ def test_threads_read_ahead_no_further_than_the_queue_holds():
 
 
 def test_items_of_one_iterator_stay_in_order_and_all_come():
-    iterators = [iter([(i, j) for j in range(50)]) for i in range(20)]
+    iterators = [iter(range(1000 * i, 1000 * i + 50)) for i in range(20)]
     items = list(search.in_threads(iterators, 3, threading.Event()))
-    assert len(items) == 1000
+    assert len(items) == 20 * 50
     for i in range(20):
-        of_one_iterator = [item for item in items if item[0] == i]
-        assert of_one_iterator == [(i, j) for j in range(50)]
+        of_one_iterator = [item for item in items if item // 1000 == i]
+        assert of_one_iterator == list(range(1000 * i, 1000 * i + 50))
 
 
 def test_an_error_in_a_thread_is_raised_and_ends_the_others():
