@@ -58,13 +58,16 @@ def read_decoded(folder: Path) -> data.Split:
 # --- Clotho and AudioCaps: what lies where ---
 
 
-@pytest.mark.parametrize("root", ["CLOTHO_v2.1", "clotho", "."])
 @pytest.mark.parametrize(
-    ("table", "folder"),
+    ("root", "table", "folder"),
     [
-        ("clotho_csv_files/clotho_captions_evaluation.csv", "clotho_audio_files/evaluation"),
-        ("clotho_captions_evaluation.csv", "evaluation"),
-        ("csv_files/test.csv", "waveforms/test"),
+        (".", "clotho_captions_evaluation.csv", "evaluation"),
+        (
+            "CLOTHO_v2.1",
+            "clotho_csv_files/clotho_captions_evaluation.csv",
+            "clotho_audio_files/evaluation",
+        ),
+        ("clotho", "csv_files/test.csv", "waveforms/test"),
     ],
 )
 def test_clotho_is_found_in_each_layout(tmp_path, root, table, folder):
@@ -79,21 +82,22 @@ def test_clotho_is_found_in_each_layout(tmp_path, root, table, folder):
 
 
 @pytest.mark.parametrize(
-    ("table", "folder"),
+    ("table", "folder", "stem"),
     [
-        ("AUDIOCAPS/csv_files_v1/test.csv", "AUDIOCAPS/audio_32000Hz/test"),
-        ("audiocaps/test.csv", "audiocaps/test"),
-        ("AUDIOCAPS/csv_files_v2/test.csv", "AUDIOCAPS/audio_32000Hz/test"),  # AudioCaps 2.0
+        ("AUDIOCAPS/csv_files_v1/test.csv", "AUDIOCAPS/audio_32000Hz/test", "xyz_30"),
+        ("audiocaps/test.csv", "audiocaps/test", "xyz_30_40"),
+        ("AUDIOCAPS/csv_files_v2/test.csv", "AUDIOCAPS/audio_32000Hz/test", "Yxyz"),
+        ("AudioCaps/test.csv", "AudioCaps/audio_32000Hz/test", "xyz"),
+        ("csv_files_v1/test.csv", "test", "72"),  # the number of one of its captions
     ],
 )
-@pytest.mark.parametrize("name", ["xyz_30", "xyz_30_40", "Yxyz", "xyz", "72"])
-def test_audiocaps_is_found_in_each_layout_and_naming(tmp_path, table, folder, name):
+def test_audiocaps_is_found_in_each_layout_and_naming(tmp_path, table, folder, stem):
     rows = [["71", "xyz", "30", "a dog"], ["72", "xyz", "30", "it barks"]]
     write_csv(tmp_path / table, AUDIOCAPS_COLUMNS, [*rows, ["73", "no", "0", "rain"]])
-    touch(tmp_path / folder / f"{name}.mp3")
+    touch(tmp_path / folder / f"{stem}.mp3")
     split = read_split("audiocaps", "test", tmp_path)
     assert split.name == "audiocaps/test"
-    assert [clip.path.name for clip in split.clips] == [f"{name}.mp3"]
+    assert [clip.path.name for clip in split.clips] == [f"{stem}.mp3"]
     assert [clip.captions for clip in split.clips] == [("a dog", "it barks")]
     assert split.missing == ["no_0.wav"]
 

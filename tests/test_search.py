@@ -82,7 +82,7 @@ def projected(model, path):
 
 @pytest.mark.parametrize(
     ("seconds", "segments"),
-    [(0.05, 1), (9.95, 1), (10, 1), (10.05, 1), (10.15, 2), (12.5, 2), (30, 3), (31, 4)],
+    [(0.05, 1), (10, 1), (10.05, 1), (10.15, 2), (31, 4)],
 )
 def test_every_segment_of_a_file_is_embedded(tiny_model, tmp_path, seconds, segments):
     path = write_wav(tmp_path / "a.wav", noise(seconds, 1))
