@@ -62,7 +62,7 @@ def parse_arguments():
 def main() -> int:
     args = parse_arguments()
 
-    # --- The device: this is the only process, or one of several that torchrun started ---
+    # --- The device, and the other processes if torchrun started several ---
     device = choose_device(args.device)
     join_processes(device)
     print_device(device)
@@ -76,7 +76,7 @@ def main() -> int:
         student_file = checkpoint_file(args.init) if args.init else args.teachers[0]
         student = DualEncoder.load(student_file, device, args.tokenizer)
     # What the teachers were trained on counts as seen by the student, so that evaluate.py refuses
-    # to measure it there.
+    # to measure the student on it.
     seen_by_teachers = set()
     for teacher_file in args.teachers:
         seen_by_teachers.update(read_checkpoint(teacher_file)["trained_on"])
@@ -87,7 +87,7 @@ def main() -> int:
     student.precision = choose_precision(args.precision, device)
     print_model(student)
 
-    # --- The batches and the run's folder: unfit options end here, before the sounds are read ---
+    # --- The batches and the run's folder: unfit options are refused before sounds are read ---
     batches = make_batches(args, splits, student)
     name_parts = ["distilled", *folder_names(args.datasets)]
     name_parts += ["from", *dataset_names(seen_by_teachers)]
@@ -100,8 +100,8 @@ def main() -> int:
     # --- The teachers: each embeds the training set once ---
     embeddings_of_teachers = []
     for teacher_file, digest in zip(args.teachers, digests, strict=True):
-        # A file that is there is of the same data and precision: open_run has refused others, or
-        # removed their files.
+        # A file that is there was made in this run, of the same data and in the same precision:
+        # where these have changed, open_run has refused to go on, or has removed the file.
         embeddings_file = run.folder / f"teacher-{digest}.pt"
         with first_process_first():
             if not embeddings_file.exists():

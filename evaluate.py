@@ -44,8 +44,8 @@ CLIPS_FOR_AN_INTERVAL = 100
 # The report's Table 1, in percent, in the order of COLUMNS. It is shown beside results on the split
 # that it was measured on: Clotho v2.1's evaluation split with all its clips. What the report calls
 # baseline models, rows 1 and 3, is the official DCASE 2025 baseline, which is trained as stage 1 is
-# here. The report prints the first figures of all rows in one column. By the history of the
-# official baseline's README 31.95 is its mAP@10 and 35.21 its mAP@16, so they stand in different
+# here. The report's first column, "mAP@10 (new annotations)", mixes two metrics: by the history of
+# the baseline's README, 31.95 is its mAP@10 and 35.21 its mAP@16. So they stand in different
 # columns here. None: the report has no such figure.
 REPORTED_SPLIT = "clotho/evaluation"
 REPORTED_CLIPS = 1045

@@ -175,7 +175,7 @@ def add_training_options(parser: Parser, data) -> None:
 def main() -> int:
     args = parse_arguments()
 
-    # --- The device: this is the only process, or one of several that torchrun started ---
+    # --- The device, and the other processes if torchrun started several ---
     device = choose_device(args.device)
     join_processes(device)
     print_device(device)
@@ -198,7 +198,7 @@ def main() -> int:
     model.precision = choose_precision(args.precision, device)
     print_model(model)
 
-    # --- The batches and the run's folder: unfit options end here, before the sounds are read ---
+    # --- The batches and the run's folder: unfit options are refused before sounds are read ---
     batches = make_batches(args, splits, model)
     run = open_run(args, ["contrastive", *folder_names(args.datasets)], model, splits, validation)
 

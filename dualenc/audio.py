@@ -78,7 +78,7 @@ def to_segments(waveforms: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
 def _mel_filters(fmin: float, fmax: float, device: torch.device) -> Tensor:
     """Make Kaldi's triangular filters (128, 513), with zeros for the Nyquist bin that they lack."""
     kaldi = torchaudio.compliance.kaldi
-    # They must be given, but a factor of 1 warps nothing.
+    # get_mel_banks asks for a warping of frequencies, but a factor of 1 warps nothing.
     warp = dict(vtln_low=100.0, vtln_high=-500.0, vtln_warp_factor=1.0)
     with device:
         filters, _ = kaldi.get_mel_banks(MEL_BANDS, 1024, SAMPLE_RATE, fmin, fmax, **warp)
@@ -86,7 +86,7 @@ def _mel_filters(fmin: float, fmax: float, device: torch.device) -> Tensor:
 
 
 class LogMel(AugmentMelSTFT):
-    """hear21passt's log-mel, in chunks, and without making the filters anew for each evaluation.
+    """hear21passt's log-mel, in chunks; outside training its filters are made only once.
 
     In training the lowest and the highest frequency of the filters are drawn anew at each call,
     from 0 to 9 Hz and from 14 to 16 kHz. Masking of frequencies and times (SpecAugment) is off, as
@@ -181,7 +181,8 @@ class AudioTower(nn.Module):
         self, width: int, depth: int, heads: int, patch: tuple[int, int], patchout: tuple[int, int]
     ):
         super().__init__()
-        # Importing it here spares --help and bad input seconds of waiting for timm and torchvision.
+        # Imported here, since it loads timm and torchvision, for which --help and the refusal of
+        # bad input need not wait.
         from hear21passt.models import passt
 
         passt.first_RUN = False  # Otherwise hear21passt prints every shape of its first forward.

@@ -48,7 +48,7 @@ MIN_HELD_OUT = 10  # the fewest clips that are held out of a folder of twenty or
 class Clip(NamedTuple):
     """One sound file and its captions."""
 
-    name: str  # as the csv writes it, byte for byte
+    name: str  # as the csv writes it, byte for byte; AudioCaps' csv has none, so as on disk
     path: Path
     captions: tuple[str, ...]
 
@@ -83,7 +83,8 @@ class Split:
     def identity(self) -> str:
         """Describe the split for a run's settings, which must be the same when a run is resumed.
 
-        A folder may be renamed or moved in between: its name and its sounds' paths are not told.
+        A folder may be renamed or moved in between, so the text holds neither its name nor its
+        sounds' paths.
         """
         dataset, part = parse_split_name(self.name)
         digest = short_digest([[clip.name, clip.captions] for clip in self.clips])
@@ -103,8 +104,8 @@ def parse_split_name(name: str) -> tuple[str, str]:
     """Return the data set and the part that a split's name tells.
 
     "clotho/development" -> ("clotho", "development"); "audiocaps/train" -> ("audiocaps", "train").
-    A user's folder has the parts "train", "val" and "all". It is known by the digest of its
-    captions.csv, since it may be renamed or moved: "my_sounds@1a2b3c4d/val" -> ("1a2b3c4d", "val").
+    A user's folder has the parts "train", "val" and "all". It is known by a digest of its
+    captions, since it may be renamed or moved: "my_sounds@1a2b3c4d/val" -> ("1a2b3c4d", "val").
     """
     dataset, _, part = name.rpartition("@")[2].partition("/")
     return dataset, part
@@ -275,13 +276,13 @@ def match_with_disk(
     """Look for the sound of each file name that a csv lists, and make a split of those on disk.
 
     Args:
-        captions: {file name in the csv: its captions}.
+        captions: {file name, as Clip.name has it: its captions}.
         sounds: sounds_by_name(layout.sounds).
     """
     clips = []
     missing = []
     for name, clip_captions in captions.items():
-        # A file whose suffix the scan of the sounds does not know is not in its list, but there.
+        # The scan lists only known suffixes; a file with another one is looked for by its name.
         path = sounds.get(comparable_name(name), layout.sounds / name)
         if path.exists():
             clips.append(Clip(name, path, tuple(clip_captions)))
@@ -422,9 +423,9 @@ def read_folder(folder: Path, part: str) -> Split:
 def names_held_out(names: Iterable[str]) -> set[str]:
     """Choose a tenth of a folder's clips, but at least ten; of fewer than twenty, choose half.
 
-    They are drawn among all names in the csv, so that a sound that goes missing from the disk
-    changes nothing for the others, and among the sorted names, so that neither does another order
-    of the rows.
+    They are drawn among all names in the csv, not only those on disk, so that a sound that goes
+    missing changes nothing for the others. The names are sorted first, so that the order of the
+    rows does not matter.
     """
     names = sorted(names)
     count = round(HELD_OUT_SHARE * len(names))
@@ -528,14 +529,14 @@ class Batch:
 
     def pieces(self, pairs_per_piece: int) -> Iterator["Batch"]:
         """Yield the batch in pieces; a clip whose pairs fall into two pieces is in both."""
-        segment_ends = [0, *self.counts.cumsum(0).tolist()]
+        segment_starts = [0, *self.counts.cumsum(0).tolist()]  # (C + 1,), the last is S
         for start in range(0, len(self.tokens), pairs_per_piece):
             clip_rows = self.clip_rows[start : start + pairs_per_piece]
             first_clip = int(clip_rows[0])
             end_clip = int(clip_rows[-1]) + 1
             yield dataclasses.replace(
                 self,
-                segments=self.segments[segment_ends[first_clip] : segment_ends[end_clip]],
+                segments=self.segments[segment_starts[first_clip] : segment_starts[end_clip]],
                 counts=self.counts[first_clip:end_clip],
                 clip_rows=clip_rows - first_clip,
                 tokens=self.tokens[start : start + pairs_per_piece],

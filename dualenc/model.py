@@ -73,8 +73,8 @@ ROBERTA_SIZES = (  # by transformers' names
 )
 PRESETS = {
     "report": DualEncoderConfig(),
-    # The same code in small, for CPUs. A patch spans all 128 bands, so that there are few patches,
-    # and as in the report 16 frames: the backward pass of narrower ones is slow on a CPU.
+    # The same code in small, for CPUs. A patch spans all 128 bands, so that there are few patches.
+    # It is 16 frames long, as in the report: the backward pass of shorter ones is slow on a CPU.
     "tiny": DualEncoderConfig(
         preset="tiny", audio_width=96, audio_depth=2, audio_heads=3, patch=(128, 16),
         patchout=(0, 15), vocab_size=1000, hidden_size=96, num_hidden_layers=2,
@@ -117,7 +117,7 @@ class DualEncoder(nn.Module):
         self.register_buffer("tau", torch.tensor(config.tau))  # It is not learned.
 
     def project_segments(self, segments: Tensor) -> Tensor:
-        """Encode segments one by one, int16 or float: (S, 320000) -> (S, D), not normalised."""
+        """Encode each segment by itself: (S, 320000) int16 or float -> (S, D), not normalised."""
         with self._autocast():
             features = self.audio(segments)
         return self.audio_projection(features.float())
@@ -315,9 +315,9 @@ class DualEncoder(nn.Module):
 def _scale_to_width(tower: nn.Module, ratio: float) -> None:
     """Multiply a tower's random matrices by the square root of the ratio.
 
-    Both libraries draw them with a standard deviation of 0.02, whatever the width. In a narrow
-    tower the first token would then hardly depend on the others, and training would stand still at
-    first.
+    Both libraries draw all but PaSST's patch embedding with a standard deviation of 0.02, whatever
+    the width. In a narrow tower the first token would then hardly depend on the others, and
+    training would stand still at first.
 
     Args:
         ratio: the width of the report's tower / the width of this one.
@@ -356,7 +356,7 @@ def _waveform(sound: Sound, rate: int) -> np.ndarray:
             f"an array of shape {waveform.shape} is no waveform: (n,) is needed, the mean over "
             "channels, or a list of such"
         )
-    # It is cut before, too, so that no more than 30 s are resampled.
+    # Cut it before resampling, so that no more than 30 s are resampled; crop cuts it exactly.
     waveform = waveform[: CLIP_SAMPLES * rate // SAMPLE_RATE]
     if waveform.dtype == np.int16:
         waveform = waveform.astype(np.float32) / INT16_SCALE
@@ -364,7 +364,7 @@ def _waveform(sound: Sound, rate: int) -> np.ndarray:
         raise InputError(
             f"a waveform of {waveform.dtype}: int16, or finite floats in -1..1, are needed"
         )
-    # Float files, and resampling, may exceed full scale.
+    # Waveforms given as floats, and resampling, may exceed full scale.
     return within_full_scale(crop(resample(waveform.astype(np.float32), rate)))
 
 

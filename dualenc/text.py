@@ -129,7 +129,8 @@ def _from_pretrained(loader: type, source: str | os.PathLike, remedy: str, **opt
 def _hub_answers() -> bool:
     """Tell whether the Hugging Face hub can be reached.
 
-    Without it, transformers retries for 47 s before it gives a tokenizer up, 23 s for a model.
+    Where it cannot, transformers retries for 47 s before it gives up a tokenizer, and for 23 s
+    before it gives up a model.
     """
     try:
         get_hf_file_metadata(hf_hub_url(ROBERTA, "config.json"), timeout=5)  # s

@@ -73,7 +73,7 @@ def join_processes(device: torch.device) -> None:
 def first_process_first() -> Iterator[None]:
     """Run the block in the first process, then in the others, which find the files it wrote.
 
-    Such files are decoded sounds and downloads.
+    Such files are downloads, decoded sounds, the teachers' embeddings and the run's log.
     """
     # The others wait here until the first process, after its block, reaches its own barrier.
     if RANK > 0:
@@ -158,7 +158,8 @@ class Run:
         """Open the folder, or make it; the first process locks it.
 
         Args:
-            settings: {name: plain value}. A run that was saved is resumed with the same ones only.
+            settings: {name: plain value}. A run that was saved is resumed with the same ones only,
+                but for those of MAY_CHANGE.
 
         Raises:
             InputError: the folder holds a run with other settings, or other files and no run, or
@@ -183,9 +184,10 @@ class Run:
             if changes:
                 headline = "holds a run with other settings; give its settings, or another --out"
                 raise InputError.of(f"{folder} {headline}", changes)
-        # The first best.pt is written just before the first last.pt. A run that was killed between
-        # the two has one validation in its log, and begins again; else best.pt is worth keeping.
         elif self.best_path.exists() and (changes or self._validations_in_log() > 1):
+            # last.pt was removed, and best.pt must not be overwritten. (A run that was killed in
+            # its first validation, between writing the two files, has at most one in its log, and
+            # with the same settings begins again.)
             raise InputError(
                 f"{folder}: holds a trained best.pt, but no last.pt to resume from; give another "
                 "--out"
@@ -243,7 +245,7 @@ class Run:
         return sum('"validation":' in line for line in lines)
 
     def _remove_teachers_embeddings(self) -> None:
-        """Remove what a start with other settings has left: it may be of other data."""
+        """Remove what an earlier start with other settings left: they may be of other data."""
         for path in self.folder.glob("teacher-*.pt"):
             path.unlink(missing_ok=True)
 
