@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The four rows of Table 1: for each training set two teachers and a student, then one evaluation.
+# The four rows of Table 1. For each of the two training sets, two teachers are trained, of which the
+# first is a row, and a student, which is another. Then all four are evaluated.
 #
-#   ./demo.sh                            on miniature data, in six minutes on two cores
+#   ./demo.sh                            on miniature data, in seven minutes on two cores
 #   SEEDS="0 1 2 3 4" ./demo.sh          with several seeds: means and standard deviations
 #   DATA=data PRESET=report ./demo.sh    on the real data in data/, with the report's settings
 #
@@ -26,7 +27,7 @@ else
     STUDENT=""
 fi
 
-# However the script ends, the runs under way are told to save and end, and it waits for that.
+# However the script ends, runs in the background are told to save and end, and it waits for that.
 trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
@@ -38,7 +39,8 @@ start() {
     set -- "$@" --data-dir "$DATA" --out "$RUNS/$name"
     if [ "$PRESET" = tiny ]; then
         echo "$ python $* > $RUNS/$name.txt"
-        # In a session of its own a run is sent SIGTERM only; Ctrl-C as well would end it unsaved.
+        # In a session of its own a run does not get Ctrl-C, but only the SIGTERM that follows: two
+        # signals would end it at once, unsaved.
         OMP_NUM_THREADS=$((($(nproc) + 1) / 2)) setsid "$PYTHON" "$@" &> "$RUNS/$name.txt" &
         pids+=($!)
         logs+=("$RUNS/$name.txt")
@@ -50,10 +52,11 @@ start() {
 
 # Wait for the runs that were started and show how they ended; where one fails, exit.
 finish() {
-    # `wait -n` ends as soon as any run does, but says 127 where it has missed the end of one.
+    # Wait until each has ended, or one has failed. (`wait -n` says 127 where it has missed an end.)
     for _ in "${pids[@]}"; do
         wait -n || [ $? = 127 ] || fail
     done
+    # Ask for the status of each, since one whose end was missed may have failed.
     for pid in "${pids[@]}"; do
         wait "$pid" || fail
     done

@@ -125,7 +125,8 @@ def _fetch(published: Published) -> Path:
         try:
             _load(temporary)
         except Exception as error:  # torch.load passes on whatever its parsers raise.
-            raise _not_fetched(published, url, "what it sent is no whole checkpoint") from error
+            reason = "what it sent is no whole checkpoint"
+            raise _not_fetched(published, published.urls[0], reason) from error
     return path
 
 
@@ -200,7 +201,7 @@ def _read(path: Path) -> object:
     except Exception as error:  # torch.load passes on whatever its parsers raise.
         reason = (str(error) or repr(error)).splitlines()[0][:80]
         remedy = ""
-        if path.parent == PASST.path().parent:
+        if path.parent == PASST.path().parent:  # torch's hub folder, to which all is fetched
             remedy = "; delete it and run again, and it is fetched anew"
         raise InputError(f"{path}: is damaged or no checkpoint ({reason}){remedy}") from error
 
@@ -255,7 +256,7 @@ def _from_lightning(saved: dict, path: Path) -> dict:
         sizes = _sizes(weights)
     except KeyError as error:
         raise InputError(f"{path}: lacks the weight {error.args[0]}") from error
-    weights["tau"] = torch.tensor(sizes["tau"])
+    weights["tau"] = torch.tensor(sizes["tau"])  # its absolute value
     # Both were trained on Clotho. They were trained on AudioCaps and WavCaps as well, unless their
     # settings say that these were left out.
     settings = saved.get("hyper_parameters", {})

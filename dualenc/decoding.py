@@ -85,8 +85,9 @@ def stream_audio(path: AnyPath, faults: list[str] | None = None) -> Iterator[np.
     Each block is mono at 32 kHz, and is divided by its own peak if that is above 1.
 
     Args:
-        faults: a list to which a sentence is added if the file is shorter or longer than its
-            header says, or cannot be read to its end. The part that can be read is yielded anyway.
+        faults: a list to which is added in what way the file is shorter or longer than its header
+            says, or that it cannot be read to its end: "is cut off: 1.0 s of 3.0 s are there". The
+            part that can be read is yielded anyway.
 
     Raises:
         SoundError: the file is not there, holds no sound that can be decoded, or holds samples that
@@ -105,7 +106,7 @@ def stream_audio(path: AnyPath, faults: list[str] | None = None) -> Iterator[np.
 
 
 def within_full_scale(waveform: np.ndarray) -> np.ndarray:
-    """Divide each 10 s block by its peak if that is above 1, as in float files: (n,) -> (n,).
+    """Divide each 10 s block by its peak if that is above 1, as float files allow: (n,) -> (n,).
 
     All that is embedded passes through here, so that a file has the same embedding from its path,
     its waveform, the cache and the search.
@@ -132,13 +133,15 @@ def load_excerpt(path: AnyPath, start: float, seconds: float, file_seconds: floa
             its beginning.
 
     Raises:
-        SoundError: the file is gone, was cut short since, or cannot be read there.
+        SoundError: the file is gone, is shorter than it was, or cannot be read there.
     """
     excerpt = _seek_excerpt(path, start, seconds, file_seconds)
     if excerpt is None:
         excerpt = _cut(stream_audio(path), start, seconds)
     expected_seconds = min(seconds, file_seconds - start)
-    if len(excerpt) == 0 or len(excerpt) / SAMPLE_RATE < expected_seconds - TRUNCATED_SECONDS:
+    if len(excerpt) == 0:
+        raise SoundError(f"{path}: ends before {start:.1f} s now; it had {file_seconds:.1f} s")
+    if len(excerpt) / SAMPLE_RATE < expected_seconds - TOLERATED_SECONDS:
         end = start + len(excerpt) / SAMPLE_RATE
         raise SoundError(f"{path}: ends at {end:.1f} s now, before the {file_seconds:.1f} s it had")
     return within_full_scale(excerpt)
@@ -147,7 +150,7 @@ def load_excerpt(path: AnyPath, start: float, seconds: float, file_seconds: floa
 def all_channels(path: AnyPath, faults: list[str]) -> Iterator[np.ndarray]:
     """Decode a file with all its channels, in blocks: (n, channels) float32 at 32 kHz.
 
-    Errors and faults are as in stream_audio.
+    Errors and faults are as in stream_audio, but samples that are not finite are handed out.
     """
     with _pyav_errors(path), _open(path) as file:
         stream = _sound_stream(path, file)
@@ -159,7 +162,7 @@ def all_channels(path: AnyPath, faults: list[str]) -> Iterator[np.ndarray]:
             raise SoundError(f"{path}: {faults.pop() if faults else 'holds no sound'}")
         seconds = samples / SAMPLE_RATE
         promised = _promised_seconds(path, file, stream)
-        if promised - seconds > max(TRUNCATED_SECONDS, TRUNCATED_SHARE * promised):
+        if promised - seconds > max(TOLERATED_SECONDS, TOLERATED_SHARE * promised):
             faults.append(f"is cut off: {seconds:.1f} s of {promised:.1f} s are there")
         if file.format.name == "wav":
             stray_bytes = _bytes_after_chunks(path)
@@ -173,8 +176,8 @@ def all_channels(path: AnyPath, faults: list[str]) -> Iterator[np.ndarray]:
 # --- Inside a file ---
 
 # A file is reported as truncated if it is shorter than its header says by more than both of these.
-TRUNCATED_SECONDS = 0.1
-TRUNCATED_SHARE = 0.01
+TOLERATED_SECONDS = 0.1
+TOLERATED_SHARE = 0.01
 # Sizes this large are placeholders in a wav's header, written before the length was known.
 UNKNOWN_RIFF_BYTES = 0x7FFF_F000
 # A decoder needs a run-up before it decodes exactly.
@@ -272,7 +275,7 @@ def _seek_excerpt(
     with _pyav_errors(path), _open(path) as file:
         stream = _sound_stream(path, file)
         duration = _duration(file, stream)
-        if duration is None or abs(duration - file_seconds) > TRUNCATED_SECONDS:
+        if duration is None or abs(duration - file_seconds) > TOLERATED_SECONDS:
             return None
         first_frame = next(_frames(file, stream, []), None)
         if first_frame is None or first_frame.time is None:
@@ -315,7 +318,8 @@ def _promised_seconds(path: AnyPath, file: InputContainer, stream: AudioStream) 
     if seconds is None or (stream.duration is None and len(file.streams) > 1):
         return 0.0  # The duration may be that of a video beside the sound.
     if file.format.name in ("mp3", "aac") and 1.01 * file_bytes > seconds * bytes_per_second:
-        # A duration that is just size / bit rate is FFmpeg's estimate, and no promise.
+        # The file is as large as this duration needs. So either nothing is cut off, or the duration
+        # is FFmpeg's own estimate, size / bit rate: it promises no more than is there.
         return 0.0
     return seconds
 
@@ -333,8 +337,8 @@ def _bytes_after_chunks(path: AnyPath) -> int:
     """Return how many bytes of a wav file follow its last chunk.
 
     There are none if the sound's chunk has no fixed size, or reaches to the file's end. There are
-    many if its size is wrong, since it wrapped around at 4 GB or was written before the sound.
-    Other chunks, such as pictures and metadata, may stand before and after the sound's.
+    many if that chunk's size is too small: it wrapped around at 4 GB, or is from before the sound
+    was recorded. Other chunks, such as pictures and metadata, may stand before and after it.
     """
     file_bytes = os.path.getsize(path)
     if _riff_bytes(path) == 0:
@@ -351,8 +355,10 @@ def _bytes_after_chunks(path: AnyPath) -> int:
                 sound_seen = True
                 if size in (0, 0xFFFF_FFFF) or end >= file_bytes:
                     return 0  # FFmpeg reads to the file's end.
-            elif not (name.isascii() and name.decode().isprintable()) or end > file_bytes + 1:
+            elif not (name.isascii() and name.decode().isprintable()):
                 break  # No chunk begins here.
+            elif end > file_bytes + 1:  # The last byte, which pads an odd size, may be missing.
+                break  # No chunk begins here either: it would not fit into the file.
             position = end
     if not sound_seen:
         return 0
@@ -507,7 +513,8 @@ def _is_system_folder(name: str) -> bool:
 
 # --- Sound files -> waveforms, each decoded once ---
 
-DECODER = "PyAV 2"  # Raise the number when waveforms would differ from those in caches.
+# Raise the number, which is no version of PyAV's, when waveforms would differ from those in caches.
+DECODER = "PyAV 2"
 MIN_FILES_FOR_BAR = 50
 
 
@@ -534,13 +541,13 @@ def decode_once(paths: Sequence[Path], cache_dir: Path) -> dict[Path, Path]:
             or not whole, and are listed after all others have been decoded.
     """
     cache_files = {path: cache_file(path, cache_dir) for path in paths}
-    missing = []
+    missing = {}  # {cache file: sound}; a sound and a link to it have one cache file
     for path, file in cache_files.items():
         if not file.exists():
-            missing.append((path, file))
+            missing[file] = path
     if missing:
         _check_writable(cache_dir)
-        _decode_all(missing, cache_dir)
+        _decode_all([(path, file) for file, path in missing.items()], cache_dir)
     return cache_files
 
 
@@ -584,7 +591,7 @@ def _decode_all(missing: list[tuple[Path, Path]], cache_dir: Path) -> None:
         pool.shutdown(cancel_futures=True)  # After Ctrl-C no further sound is begun.
     if faults:
         headline = (
-            "sounds that cannot be used (one that is removed or renamed is passed over as missing; "
+            "sounds that cannot be used (remove or rename them to go on without them; "
             "`python -m dualenc.data check FOLDER` lists all)"
         )
         raise InputError.of(headline, sorted(faults))

@@ -166,7 +166,7 @@ def replacing(path: str | os.PathLike, by_many: bool = False) -> Iterator[Path]:
     Args:
         path: the file; its folder is made where there is none.
         by_many: several processes may write the file at once, so each has a temporary file of its
-            own, and one that stays is not replaced.
+            own; that of a killed process stays for good.
 
     Raises:
         InputError: the file cannot be written (no space, no permission); the old one is intact.

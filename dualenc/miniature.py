@@ -7,7 +7,7 @@ sometimes a bed, a sound that lasts under all of them. A loud dog, then a bell, 
 
     render      a waveform: barks, then strokes of a bell, and patter from beginning to end
     captions    "A dog barks loudly in the yard and then a bell rings in a tower while rain falls on
-                a roof.", and others; each tells all of the scene but some of its manners
+                a roof.", and others; each tells the whole scene, except some manners
     annotate    for such a caption as a query, all clips of whose scenes it is true
 
 The layout on disk is that of the real data sets, as aac-datasets writes them.
@@ -29,7 +29,7 @@ from tqdm import tqdm
 from dualenc.decoding import SAMPLE_RATE, to_int16, usable_cores
 from dualenc.errors import Parser, run_command
 
-# Both data sets have this rate, since a model could tell them apart by more treble in one of them.
+# Both data sets have this rate: if one had more treble, a model could tell them apart by it.
 RATE_HZ = SAMPLE_RATE // 2
 SEED = 0
 
@@ -77,8 +77,7 @@ class Voice(NamedTuple):
 
     def noise(self, n, low_hz, high_hz):
         """Return noise (n,) of RMS 1 that falls by 12 dB an octave outside the band."""
-        # The length is rounded up to one without large prime factors, with which an FFT would be
-        # ten times as slow.
+        # The length is rounded up, since large prime factors would make the FFT ten times as slow.
         step = 2 ** max(1, n.bit_length() - 4)
         length = math.ceil(n / step) * step
         hz = np.fft.rfftfreq(length, 1 / RATE_HZ).astype(np.float32)
@@ -459,14 +458,15 @@ def synthesise(sound: Sound, samples: int, rng: np.random.Generator) -> np.ndarr
 class DataSet(NamedTuple):
     """The places of a data set's files, the lengths of its clips, the wording of its captions.
 
-    In the patterns of captions, each {} stands for a sound at the front; in with_bed, {front} is
-    what these make, {bed_clause} such as "rain falls", {bed_participle} such as "rain falling".
+    In the patterns of captions, each {} stands for a sound at the front. In with_bed, {front}
+    stands for one of the patterns, filled in, {bed_clause} for words such as "rain falls", and
+    {bed_participle} for words such as "rain falling".
     """
 
     sounds: str  # the folder of a split's sounds; {} is the split
     table: str  # a split's csv file
     seconds: dict[tuple[float, float], float]  # ranges of durations, and the share of each
-    # Captions are sentences with finite verbs, places and a full stop, or else only participles.
+    # Captions are sentences with finite verbs, places and a full stop, or else use participles.
     has_sentences: bool
     one_sound: tuple[str, ...]
     two_sounds: tuple[str, ...]
@@ -640,6 +640,7 @@ def write_miniature(folder: Path, sizes: dict[str, int] = CLIPS) -> str:
     Args:
         sizes: {split: number of its clips}.
     """
+    folder = folder.absolute()  # "." has no name beside which another folder could be made.
     if folder.exists() and any(folder.iterdir()):
         return f"{folder}: is there already, and left as it is."
     unfinished = folder.with_name(f".{folder.name}.unfinished")

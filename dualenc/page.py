@@ -35,7 +35,7 @@ from dualenc.metrics import ranks
 QUERIES_PER_GROUP = 20
 CLIPS_PER_QUERY = 10  # the first clips of a query's ranking are shown
 LISTEN_SECONDS = 30  # the part of a clip that is embedded, and can be listened to
-PAGE_MP3_BYTES = 25 * 2**20  # the mp3 that one page holds at most; base64 makes it a third larger
+PAGE_MP3_BYTES = 25 * 2**20  # of mp3 that one page holds; base64 makes it a third larger
 RIGHT = "✓ the right clip"
 RELEVANT = "✓ relevant, too"
 
@@ -86,7 +86,7 @@ class Evaluation:
     title: str
     notes: Sequence[str]  # lines below the title
     columns: Sequence[str]  # the table's
-    lines: Sequence[tuple[str, Sequence[str]]]  # (label, cells); "  label" belongs to the one above
+    lines: Sequence[tuple[str, Sequence[str]]]  # (label, cells); indented, it belongs to that above
     run_folders: Sequence[Path]  # their learning curves are drawn if they hold a log
     clip_names: Sequence[str]  # (N,)
     clip_paths: Sequence[Path]  # (N,)
@@ -94,7 +94,7 @@ class Evaluation:
     clip_of_caption: Sequence[int]  # (Q,)
     text: Tensor  # (Q, D) unit norm
     audio: Tensor  # (N, D) unit norm
-    annotations: dict[int, Sequence[int]]  # the new annotations: {caption: its relevant clips}
+    annotations: dict[int, Sequence[int]]  # DCASE 2025's: {caption: all its relevant clips}
     # What was evaluated and how, shown as a list in this order: {"checkpoint": "runs/a/best.pt",
     # "split": ..., "clips": ..., "queries": ..., "annotations": ..., "date": ..., settings}.
     facts: dict[str, str] = field(default_factory=dict)
@@ -375,6 +375,7 @@ def ranking_panels(rank: np.ndarray, n_clips: int) -> dict[str, Panel]:
 LOG_NAME = "log.jsonl"
 LOSSES = ("loss", "contrastive", "distillation")
 LINE_STYLES = {  # {a panel's title: {curve: how it is drawn}}
+    # "interval" is the mean loss of the steps since the log's last line.
     "training loss": {"interval": "-", "loss": ".-", "contrastive": "--", "distillation": ":"},
     "learning rate": {"lr": "-"},
     "validation mAP@10, %": {"mAP@10": ".-"},
@@ -568,7 +569,7 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         host = self.headers.get("Host", "")
         # Any web page can make its own name mean this machine (DNS rebinding) and then read what
-        # is served under it. Ports are free, since people forward them.
+        # is served under it. Any port is accepted, since people forward them.
         if LOCAL_HOST.fullmatch(host) is None:
             reason = (
                 f"This page answers at localhost, 127.0.0.1 and [::1] only, not at {host!r}, so "

@@ -49,7 +49,7 @@ INDEX_FORMAT = "index 3"
 SAVE_SECONDS = 60  # between two saves, so that an interruption costs little
 MAX_PARTS = 100  # An index of more parts is merged into one.
 EMBED_SEGMENTS = 16  # embedded at a time, from several files together
-QUEUED_BLOCKS = 64  # decoded blocks of 10 s that wait to be embedded at most: 40 MB
+QUEUED_BLOCKS = 64  # the most decoded blocks of 10 s that wait to be embedded: 40 MB
 HASHED_BYTES = 2**20  # read at a time, while a file is hashed
 STRAIGHT = str.maketrans("‘’", "''")  # Phones type curly apostrophes.
 
@@ -77,7 +77,7 @@ class File(NamedTuple):
 
 
 class Content(NamedTuple):
-    """The facts about what a file contains, or several equal files do."""
+    """What is known of a content, which one file has, or several equal ones share."""
 
     seconds: float
     segment_count: int  # 0 if it cannot be read
@@ -85,7 +85,7 @@ class Content(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Ten seconds of a file, which are one segment."""
+    """Ten seconds of a file, or its shorter rest, which are one segment."""
 
     path: str
     digest: str  # a hash of the file's content
@@ -101,7 +101,11 @@ class Unfinished(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """The result of reading a file to its end."""
+    """The result of reading a file to its end.
+
+    Damage belongs to the content, and is kept as content.fault. What may be over at the next search
+    (the network fails, the file is being written) leaves file and content None, and fault tells it.
+    """
 
     path: str
     file: File | None  # None if the file cannot be read now
@@ -163,7 +167,7 @@ class SoundIndex:
         Args:
             index_folder: where embeddings are kept, so that only new and changed files are embedded
                 next time; None keeps none.
-            prune: drop the embeddings of files that are not there now.
+            prune: drop the embeddings of files of the folder that are not there now.
 
         Raises:
             InputError: no sound can be read, or the index cannot be written.
@@ -174,8 +178,9 @@ class SoundIndex:
         if is_folder:
             paths = decoding.sounds_below(root, skipped)
         else:
-            paths = map(os.path.abspath, sounds)
-        # The stored index knows files by their real folder, whatever links lead to it.
+            paths = dict.fromkeys(map(os.path.abspath, sounds))  # each once, in their order
+        # Stored paths begin with the root's real path, so that it may be reached through links.
+        # Links below the root are not resolved.
         root_prefix = os.path.join(root, "")
         prefix = os.path.join(os.path.realpath(root), "")
         paths = [prefix + os.fspath(path).removeprefix(root_prefix) for path in paths]
@@ -303,6 +308,7 @@ def in_words(sentence: str) -> str:
     """Return a sentence as it is embedded; an InputError if it holds no word."""
     if not any(c.isalnum() for c in sentence):
         raise InputError(f"{sentence.strip()!r}: no word is left to search for")
+    # What a terminal in another encoding left, half of a surrogate pair, becomes a question mark.
     return sentence.strip().translate(STRAIGHT).encode(errors="replace").decode()
 
 
@@ -348,7 +354,7 @@ class StoredIndex:
         self._row_count = 0
 
     def _start_next_part(self) -> None:
-        self._new_files: dict[str, File | None] = {}
+        self._new_files: dict[str, File | None] = {}  # None: the file is to be forgotten
         self._new_contents: dict[str, Content] = {}
         self._new_segments: list[Tensor] = []
 
@@ -444,7 +450,7 @@ class StoredIndex:
         if reading.content is not None:
             digest = reading.file.digest
             # Several files of the same content may have been read at once; the first counts.
-            if digest not in self._new_contents:
+            if digest not in self.contents:
                 self._new_contents[digest] = reading.content
                 self._new_segments.append(segments)
                 self._place({digest: reading.content})
@@ -499,12 +505,12 @@ class StoredIndex:
         """Save, and merge the parts if they are many or something is to be dropped from them."""
         is_something_forgotten = None in self._new_files.values()
         self.save()
-        # A run to which nothing was new merges nothing: it may not be allowed to write.
+        # A run that found nothing new merges nothing, since it may lack the permission to write.
         are_many = bool(self._arrived) and len(self._part_files) > MAX_PARTS
         if are_many or (prune and is_something_forgotten):
             self.merge()
         if prune and self.folder is not None:
-            # All that is there is embedded by now, so these are of files that are gone.
+            # What could be read is embedded by now, so these are of files that are gone.
             for unfinished_file in self.folder.glob("*.unfinished"):
                 unfinished_file.unlink(missing_ok=True)
 
@@ -581,7 +587,8 @@ def embed_changed(model: DualEncoder, stored: StoredIndex, paths: Sequence[str])
     faults = {}
     unfinished: dict[str, Unfinished] = {}
     save_at = time.monotonic() + SAVE_SECONDS
-    # None leaves it to tqdm, which shows no bar where there is no terminal.
+    # An index in memory is a program's, and shows no bar. None leaves it to tqdm, which shows none
+    # where there is no terminal.
     no_bar = True if stored.folder is None else None
     bar = tqdm(total=len(paths), desc="embedding", unit="file", disable=no_bar)
     stopping = threading.Event()
@@ -619,8 +626,8 @@ def read_file(
 ) -> Iterator[Block | Reading]:
     """Read one file: yield its blocks, and then a Reading.
 
-    There are no blocks if its content is stored already. Instead of an error that is raised, the
-    Reading tells a fault.
+    There are no blocks if its content is stored already. No error is raised for a bad file: its
+    Reading tells the fault.
     """
     faults = []
     samples = 0
@@ -631,27 +638,28 @@ def read_file(
         content = None
         if digest not in stored.contents:
             vectors = stored.vectors_of_unfinished(digest)
-            for waveform in decoding.stream_audio(path, faults):
-                samples += len(waveform)
-                if segment_count > 0 and len(waveform) < audio.MIN_REMAINDER:
-                    break
-                vector = vectors[segment_count] if segment_count < len(vectors) else None
-                segment_count += 1
-                yield Block(path, digest, decoding.to_int16(waveform), vector)
-            seconds = samples / decoding.SAMPLE_RATE
-            content = Content(seconds, segment_count, "; ".join(faults))
+            try:
+                for waveform in decoding.stream_audio(path, faults):
+                    samples += len(waveform)
+                    if segment_count > 0 and len(waveform) < audio.MIN_REMAINDER:
+                        break
+                    vector = vectors[segment_count] if segment_count < len(vectors) else None
+                    segment_count += 1
+                    yield Block(path, digest, decoding.to_int16(waveform), vector)
+                seconds = samples / decoding.SAMPLE_RATE
+                content = Content(seconds, segment_count, "; ".join(faults))
+            except InputError as error:
+                fault = str(error).removeprefix(printable(f"{path}: "))
+                if isinstance(error.__cause__, OSError):  # The disk or the network failed.
+                    yield Reading(path, None, None, fault)
+                    return
+                content = Content(0.0, 0, fault)
         if stamp(os.stat(path)) != before:
             yield Reading(path, None, None, "was changed while it was read")
             return
     except OSError as error:
         yield Reading(path, None, None, f"cannot be read now ({error.strerror})")
         return
-    except InputError as error:
-        fault = str(error).removeprefix(printable(f"{path}: "))
-        if isinstance(error.__cause__, OSError):  # The disk or the network failed.
-            yield Reading(path, None, None, fault)
-            return
-        content = Content(0.0, 0, fault)
     yield Reading(path, File(*before, digest), content)
 
 
@@ -705,7 +713,7 @@ def embed(
             keep(piece, piece.vector)
         else:
             blocks.append(piece)
-        # A file whose content is known has no blocks, and need not wait if no other's do.
+        # While no block waits, a file that brings none (its content is known) is finished at once.
         if len(blocks) == EMBED_SEGMENTS or not blocks:
             yield embed_blocks()
     yield embed_blocks()
@@ -734,7 +742,7 @@ class ThreadEnd(NamedTuple):
 def in_threads(
     iterators: Iterable[Iterator], capacity: int, stopping: threading.Event
 ) -> Iterator:
-    """Run iterators in threads, one for each core, and yield their items as they come.
+    """Run iterators in as many threads as there are cores, and yield their items as they come.
 
     Items of one iterator stay in their order, and at most `capacity` items wait in all. When the
     consumer closes this generator, after an error or Ctrl-C, `stopping` is set and the threads end.
