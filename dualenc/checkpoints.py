@@ -126,7 +126,7 @@ def _fetch(published: Published) -> Path:
             _load(temporary)
         except Exception as error:  # torch.load passes on whatever its parsers raise.
             reason = "what it sent is no whole checkpoint"
-            raise _not_fetched(published, published.urls[0], reason) from error
+            raise _not_fetched(published, published.urls[-1], reason) from error
     return path
 
 

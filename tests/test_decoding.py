@@ -481,7 +481,7 @@ def test_an_excerpt_of_a_file_that_was_cut_short_since_is_refused(name, recordin
     path.write_bytes(content[: len(content) * 3 // 5])
     with pytest.raises(InputError, match=r"a: ends at 1[45]\.\d s now, before the 25\.0 s"):
         decoding.load_excerpt(path, 10, 10, 25)
-    with pytest.raises(InputError, match=r"a: ends at "):
+    with pytest.raises(InputError, match=r"a: ends before 20\.0 s now; it had 25\.0 s"):
         decoding.load_excerpt(path, 20, 10, 25)
 
 
@@ -650,6 +650,23 @@ def test_a_sound_is_decoded_once_and_again_when_it_was_repaired_at_the_same_size
     np.testing.assert_array_equal(np.load(cache_files[paths[1]]), expected)
 
 
+def test_a_sound_and_a_link_to_it_are_decoded_once(tmp_path, monkeypatch):
+    path = write_wav(tmp_path / "a.wav", noise(1))
+    link = tmp_path / "link.wav"
+    link.symlink_to(path)
+    stream_audio = decoding.stream_audio
+    decoded = []
+
+    def stream(path, faults):
+        decoded.append(path)
+        return stream_audio(path, faults)
+
+    monkeypatch.setattr(decoding, "stream_audio", stream)
+    cache_files = decoding.decode_once([path, link], tmp_path / "cache")
+    assert len(decoded) == 1
+    assert cache_files[link] == cache_files[path]
+
+
 def test_waveforms_are_memory_mapped(tmp_path):
     paths = [write_wav(tmp_path / f"{i}.wav", noise(1, seed=i)) for i in range(2)]
     cache_files = decoding.decode_once(paths, tmp_path / "cache")
@@ -668,7 +685,7 @@ def test_all_sounds_that_cannot_be_used_are_listed_and_the_others_kept(tmp_path)
     with pytest.raises(InputError) as error:
         decoding.decode_once([good, cut, bad], tmp_path / "cache")
     headline, unreadable, cut_off = str(error.value).splitlines()
-    assert "cannot be used (one that is removed or renamed is passed over as missing" in headline
+    assert "cannot be used (remove or rename them to go on without them" in headline
     assert headline.endswith(" lists all) (2):")
     assert unreadable.strip().startswith(f"{bad}: cannot be read as a sound")
     assert cut_off.strip() == f"{cut}: is cut off: 0.5 s of 1.0 s are there"

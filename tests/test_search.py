@@ -116,6 +116,13 @@ def test_a_list_of_files_can_be_searched(tiny_model, sounds):
     assert {match.path for match in matches} == set(paths)
 
 
+def test_a_file_that_is_listed_twice_is_searched_once(tiny_model, sounds):
+    paths = [sounds / "a.wav", sounds / "b.wav"]
+    twice = SoundIndex.build(tiny_model, [paths[0], sounds / "deep" / ".." / "a.wav", paths[1]])
+    assert_close(twice.vectors(), SoundIndex.build(tiny_model, paths).vectors())
+    assert len(twice.search("rain")) == 2
+
+
 def test_the_last_segment_ends_with_the_file(tiny_model, tmp_path):
     write_wav(tmp_path / "a.wav", noise(12.5, 1))
     index = SoundIndex.build(tiny_model, tmp_path)
@@ -458,6 +465,22 @@ def test_a_fault_of_the_disk_is_not_taken_for_one_of_the_sound(tiny_model, sound
     assert "Input/output error" in index.faults["a.wav"]
     assert index.names == ["b.wav", "deep/c.wav"]
     assert build(tiny_model, sounds).names == ["a.wav", "b.wav", "deep/c.wav"]
+
+
+def test_a_file_that_goes_before_it_is_decoded_is_read_again(tiny_model, sounds, monkeypatch):
+    digest_of_file = search.digest_of_file
+
+    def hash_and_move(path, stopping):
+        digest = digest_of_file(path, stopping)
+        if path.endswith("a.wav"):
+            os.rename(path, sounds / "moved.wav")
+        return digest
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "digest_of_file", hash_and_move)
+        index = build(tiny_model, sounds)
+    assert index.faults["a.wav"] == "cannot be read now (No such file or directory)"
+    assert "moved.wav" in build(tiny_model, sounds).names
 
 
 def test_a_file_that_changes_while_it_is_read_is_read_again(tiny_model, sounds, monkeypatch):
