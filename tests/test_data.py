@@ -605,8 +605,8 @@ def run_lengths(values: list[int]) -> list[int]:
 class Pair(NamedTuple):
     """A pair as a batch holds it."""
 
-    level: int  # of its sound
-    caption: str  # as its tokens spell it
+    level: int  # the sound's
+    caption: str  # spelt by the tokens
     clip_id: int
     pair_id: int
 

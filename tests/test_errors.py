@@ -12,7 +12,7 @@ from dualenc.errors import InputError, replacing, run_command
 
 
 def raising(error: BaseException):
-    """A command that raises the error."""
+    """Return a command that raises the error."""
 
     def main():
         raise error
@@ -21,7 +21,7 @@ def raising(error: BaseException):
 
 
 def status_of(main, rank: int = 0) -> int | None:
-    """The exit status of a command."""
+    """Run a command, and return its exit status."""
     with pytest.raises(SystemExit) as ended:
         run_command(main, rank)
     return ended.value.code

@@ -168,7 +168,7 @@ def rows_of_printed_table(printed: str) -> list[tuple[str, dict[str, str]]]:
     header = re.split(r"\s{2,}", lines[0].strip())
     rows = []
     for line in lines[1:]:
-        indentation = " " * (len(line) - len(line.lstrip()))
+        indentation = line[: len(line) - len(line.lstrip())]
         label, *cells = re.split(r"\s{2,}", line.strip())
         if cells:
             rows.append((indentation + label, dict(zip(header, cells, strict=True))))

@@ -221,7 +221,7 @@ def test_both_towers_attend_in_the_towers_type(precision, monkeypatch):
     model.precision = precision
     with pretended_gpu():
         model.encode_pairs(make_batch())
-    assert types == [{precision}] * (2 + 2)  # two layers in each tower
+    assert types == [{precision}] * 4  # two layers in each tower
 
 
 @pytest.mark.parametrize("head", ["audio_projection", "text_projection"])

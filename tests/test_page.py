@@ -268,9 +268,9 @@ def cards_of(html: str) -> list[Card]:
 class SortedQuery(NamedTuple):
     """One query by a second route, a plain sort."""
 
-    row: int  # of its caption
+    row: int  # the caption's
     right: int  # the clip that its caption was written for
-    scores: list[float]  # of all clips
+    scores: list[float]  # all clips'
     ranking: list[int]  # all clips, best first
 
 
@@ -438,7 +438,8 @@ def test_a_player_is_labelled_with_the_clips_name(written):
     assert any(label.endswith(HOSTILE_SHOWN) for label in labels)
 
 
-RANKS = np.array([1, 1, 3, 5, 11, 30])  # of six queries among 30 clips
+# The right clips' ranks in six queries among 30 clips.
+RANKS = np.array([1, 1, 3, 5, 11, 30])
 
 
 def test_the_histogram_counts_every_query():
