@@ -459,6 +459,12 @@ def test_a_signal_ends_the_run_after_the_step_with_its_status(
     assert last(tmp_path / "run")["training"]["step"] == 2
 
 
+def test_a_signal_within_an_epoch_ends_the_run_without_a_validation(data, tmp_path, monkeypatch):
+    signal_in_step(monkeypatch, signal.SIGTERM, 2)
+    run_train(monkeypatch, data, tmp_path / "run")
+    assert not [line for line in log_of(tmp_path / "run") if "validation" in line]
+
+
 def test_a_signal_is_answered_at_once_and_again_when_the_run_is_saved(
     data, run, monkeypatch, capfd
 ):
