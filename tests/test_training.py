@@ -38,6 +38,7 @@ from dualenc.training import learning_rate
 
 TRAINING_CLIPS = range(0, 6)  # the numbers of Clotho's development clips
 VALIDATION_CLIPS = range(6, 18)
+CLIPS_OF_ONE_CAPTION = (6, 7, 8)  # the others have two
 AUDIOCAPS_CLIPS = {"train": range(18, 21), "val": range(21, 22), "test": range(22, 23)}
 STEPS_PER_EPOCH = 3  # six clips with two captions each, in batches of four pairs
 LOUDNESS_STEPS = 64
@@ -80,13 +81,14 @@ def quick_runs() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Write Clotho, two captions a clip, and AudioCaps, one caption a clip."""
+    """Write Clotho, two captions for most clips, and AudioCaps, one caption for each."""
     folder = tmp_path_factory.mktemp("data")
     for part, clips in {"development": TRAINING_CLIPS, "validation": VALIDATION_CLIPS}.items():
         rows = []
         for clip in clips:
             write_tone(folder / part / f"{clip}.wav", clip)
-            rows.append([f"{clip}.wav", f"sound {clip} once", f"sound {clip} again"])
+            again = "" if clip in CLIPS_OF_ONE_CAPTION else f"sound {clip} again"
+            rows.append([f"{clip}.wav", f"sound {clip} once", again])
         header = ["file_name", "caption_1", "caption_2"]
         write_csv(folder / f"clotho_captions_{part}.csv", header, rows)
     for part, clips in AUDIOCAPS_CLIPS.items():
@@ -437,6 +439,18 @@ def test_last_pt_is_written_within_an_epoch_where_that_is_asked_for(data, tmp_pa
     assert last(tmp_path / "run")["training"]["step"] == 2
 
 
+def test_a_run_killed_in_its_first_save_begins_again(data, whole, tmp_path, monkeypatch):
+    def kill(*arguments):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(training, "save_atomically", kill)
+        run_train(patch, data, tmp_path / "run")
+    assert best(tmp_path / "run")["epoch"] == 1
+    run_train(monkeypatch, data, tmp_path / "run")
+    assert_same_run(whole.folder, tmp_path / "run")
+
+
 def signal_in_step(monkeypatch, number: int, signalled_step: int) -> None:
     """Have this process receive a signal while its n-th step from now is under way."""
     stage_1_loss = train.stage_1_loss
@@ -710,6 +724,13 @@ def test_other_settings_are_refused_with_both_values(
 ):
     with pytest.raises(InputError, match=message):
         run_train(monkeypatch, data, run, option, value)
+
+
+def test_a_setting_that_the_log_does_not_have_is_another_one(data, run, monkeypatch):
+    log = run / "log.jsonl"
+    log.write_text(log.read_text().replace('"seed": 0, ', "", 1))
+    with pytest.raises(InputError, match="seed: was None, now 0"):
+        run_train(monkeypatch, data, run)
 
 
 def test_a_run_that_has_ended_goes_on_with_more_epochs(data, tmp_path, monkeypatch):
