@@ -905,6 +905,29 @@ def test_the_log_has_the_pairs_per_second(data, run, monkeypatch):
     assert speeds[STEPS_PER_EPOCH:] == [4.0, 4.0, 4.0]
 
 
+def test_losses_are_not_read_before_they_are_logged(data, tmp_path, monkeypatch):
+    """To read them in each step would make a GPU wait."""
+    stage_1_loss = train.stage_1_loss
+    item = torch.Tensor.item
+    steps = []
+    steps_of_reads = set()
+
+    def loss_and_note(*arguments):
+        steps.append(len(steps) + 1)
+        return stage_1_loss(*arguments)
+
+    def item_and_note(tensor):
+        if tensor.is_floating_point():
+            steps_of_reads.add(len(steps))
+        return item(tensor)
+
+    monkeypatch.setattr(train, "stage_1_loss", loss_and_note)
+    monkeypatch.setattr(torch.Tensor, "item", item_and_note)
+    run_train(monkeypatch, data, tmp_path / "run", "--log-every", 2)
+    before_the_first_step = 0
+    assert steps_of_reads - {before_the_first_step} == {2, 3, 5, 6}
+
+
 def test_a_run_draws_its_curves(whole):
     assert (whole.folder / "curves.svg").exists()
 
