@@ -8,7 +8,7 @@ The matrix products of the report's model are counted on tensors without memory.
 from unittest import mock
 
 import torch
-from measure import options
+from measure import CLOTHO_PAIRS, PAIRS, TOKENS, options
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -17,14 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from dualenc.losses import contrastive_loss
 from dualenc.model import DualEncoder
 
-PAIRS = 64  # of a batch
 EPOCHS = 20
-TOKENS = 24  # the longest caption of a batch, as a rule
 PADDED_TOKENS = 32
 PADDED_SEGMENTS = 3  # of a clip
 # Clotho's clips last 15 to 30 s, evenly spread: a third has two segments, the others have three.
 CLOTHO_SEGMENTS = 8 / 3  # of a pair, on average
-CLOTHO_PAIRS, AUDIOCAPS_PAIRS = 19_195, 57_188
+AUDIOCAPS_PAIRS = 57_188
 BOTH_SEGMENTS = (CLOTHO_PAIRS * CLOTHO_SEGMENTS + AUDIOCAPS_PAIRS) / (
     CLOTHO_PAIRS + AUDIOCAPS_PAIRS
 )

@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, a comparison in turns, the machine's name, random data."""
+"""What the benchmarks share: sizes, options, comparing in turns, the machine, random data."""
 
 import argparse
 import platform
@@ -18,6 +18,9 @@ from dualenc.audio import to_segments
 from dualenc.data import Batch
 from dualenc.decoding import SAMPLE_RATE
 
+PAIRS = 64  # of the report's batch
+TOKENS = 24  # the longest caption of a batch, as a rule
+CLOTHO_CLIPS, CLOTHO_PAIRS = 3839, 19_195  # of Clotho's training split
 WORDS = "a dog barks while rain falls on the roof and someone walks over gravel far away".split()
 
 

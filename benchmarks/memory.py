@@ -21,7 +21,9 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measure import batch_of, machine, options, random_clips
+from measure import (
+    CLOTHO_CLIPS, CLOTHO_PAIRS, PAIRS, TOKENS, batch_of, machine, options, random_clips,
+)
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,11 +33,8 @@ from dualenc.data import Batch
 from dualenc.losses import contrastive_loss, distillation_loss
 from dualenc.model import PRECISIONS, DualEncoder, choose_device
 
-PAIRS = 64
-TOKENS = 24
 PIECES = (64, 32, 16, 8, 4)  # pairs encoded at a time; 64 is the whole batch
 TEACHERS = 4
-CLIPS, CAPTIONS = 3839, 19_195  # of Clotho's training split, which the teachers have embedded
 CARDS = (8, 11, 16, 24, 40, 80)  # GiB of the cards that people have, which are sold as so many GB
 SPARE = 1  # GiB for CUDA itself, cuBLAS and fragmentation
 GIB = 2**30
@@ -73,8 +72,8 @@ def training_step(
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    teacher_audio = [torch.ones(CLIPS, 1024, device=device) for _ in range(teachers)]
-    teacher_text = [torch.ones(CAPTIONS, 1024, device=device) for _ in range(teachers)]
+    teacher_audio = [torch.ones(CLOTHO_CLIPS, 1024, device=device) for _ in range(teachers)]
+    teacher_text = [torch.ones(CLOTHO_PAIRS, 1024, device=device) for _ in range(teachers)]
 
     # The batch is cut into pieces beforehand: that reads values, which not every tensor here has.
     cut_batch = SimpleNamespace(inputs=batch.inputs, pieces=lambda pairs: pieces)

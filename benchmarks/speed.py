@@ -16,9 +16,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from cost import TOKENS, flop_of_a_step
+from cost import flop_of_a_step
 from measure import (
-    batch_of, compare, machine, options, random_captions, random_clips, seconds_of, write_noise,
+    PAIRS, TOKENS, batch_of, compare, machine, options, random_captions, random_clips, seconds_of,
+    write_noise,
 )
 from plain import PlainRecipe
 from torch import Tensor
@@ -33,7 +34,6 @@ from dualenc.text import tokenize
 CAPTIONS_PER_CLIP = 5
 PLAIN_BATCH = 12  # pairs that the plain recipe embeds at a time
 TAU = 0.05
-GPU_PAIRS = 64  # the report's batch
 MATRIX = 8192  # rows and columns of the matrix product that a step is held against
 
 
@@ -131,8 +131,8 @@ def measure_gpu(ours: DualEncoder, rounds: int, workers: int) -> None:
     """Print what the report's batch of 64 pairs reaches in bf16 on this card."""
     ours.precision = torch.bfloat16
     ours.train()
-    clips = random_clips(mixed_durations(GPU_PAIRS))
-    batch = batch_of(clips, torch.full((GPU_PAIRS, TOKENS), 5))
+    clips = random_clips(mixed_durations(PAIRS))
+    batch = batch_of(clips, torch.full((PAIRS, TOKENS), 5))
     optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
 
     def step() -> None:
@@ -143,7 +143,7 @@ def measure_gpu(ours: DualEncoder, rounds: int, workers: int) -> None:
 
     seconds_of(step, rounds=3)  # kernels are chosen and memory is reserved
     step_seconds = seconds_of(step, rounds)
-    tflop = sum(flop_of_a_step(len(batch.segments), TOKENS, GPU_PAIRS).values()) / 1e12
+    tflop = sum(flop_of_a_step(len(batch.segments), TOKENS, PAIRS).values()) / 1e12
     reached = tflop / step_seconds
     matrix_tflops = measure_matrix_product(ours.device)
     print(f"  a step: {step_seconds:.3f} s, {tflop:.1f} TFLOP, {reached:.0f} TFLOP/s, "
@@ -175,7 +175,7 @@ def measure_loading(model: DualEncoder, workers: int, steps: int = 20) -> float:
     """Return the seconds between batches of 64 pairs that data workers read from the cache."""
     with tempfile.TemporaryDirectory() as folder:
         paths = write_noise(
-            Path(folder), 2 * GPU_PAIRS, shortest_s=15, longest_s=30, rate=SAMPLE_RATE, channels=1
+            Path(folder), 2 * PAIRS, shortest_s=15, longest_s=30, rate=SAMPLE_RATE, channels=1
         )
         lines = ["file_name,caption"]
         for path, caption in zip(paths, random_captions(len(paths)), strict=True):
@@ -183,7 +183,7 @@ def measure_loading(model: DualEncoder, workers: int, steps: int = 20) -> float:
         Path(folder, "captions.csv").write_text("\n".join(lines))
         split = read_split(folder, "all", Path(folder))
         decode_splits([split], Path(folder, "cache"))
-        batches = PairBatches([split], model.tokenizer, GPU_PAIRS)
+        batches = PairBatches([split], model.tokenizer, PAIRS)
         loader = iter(DataLoader(
             batches, batch_size=None, sampler=range(5 + steps), num_workers=workers, pin_memory=True
         ))
@@ -198,7 +198,7 @@ def main() -> None:
     ours.to(choose_device(args.device))
     print(machine(ours.device))
     if ours.device.type == "cuda":
-        print(f"{GPU_PAIRS} pairs, half of 10 s and half of 15 to 30 s, bf16")
+        print(f"{PAIRS} pairs, half of 10 s and half of 15 to 30 s, bf16")
         measure_gpu(ours, args.rounds, args.workers)
 
     plain = PlainRecipe(ours)
