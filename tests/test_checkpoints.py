@@ -526,10 +526,11 @@ SPLITS = ["mine@1/all", "clotho/development"]
 
 
 @pytest.fixture
-def loaded(tiny_model, tmp_path) -> DualEncoder:
+def loaded(tiny_model, tmp_path, monkeypatch) -> DualEncoder:
     """Save the tiny model as a student, and load it."""
-    saved = tiny_model.checkpoint() | {"stage": "distilled", "trained_on": SPLITS}
-    torch.save(saved, tmp_path / "best.pt")
+    monkeypatch.setattr(tiny_model, "stage", "distilled")
+    monkeypatch.setattr(tiny_model, "trained_on", SPLITS)
+    torch.save(tiny_model.checkpoint(), tmp_path / "best.pt")
     return DualEncoder.load(tmp_path)
 
 

@@ -18,7 +18,7 @@ from transformers import RobertaConfig, RobertaModel
 import dualenc
 from dualenc import DualEncoder, InputError, text
 from dualenc.audio import AudioTower
-from dualenc.decoding import INT16_SCALE, resample
+from dualenc.decoding import INT16_SCALE, load_audio, resample, to_int16
 from dualenc.model import PRESETS, choose_device, choose_precision
 
 REPORT = PRESETS["report"]
@@ -49,6 +49,18 @@ def test_roberta_has_the_reports_354_million_parameters(monkeypatch):
     with torch.device("meta"):
         model = DualEncoder(REPORT, None)
     assert round(parameters(model.text) / 1e6) == 354
+    # As in roberta-large's own configuration, which differs from the library's default.
+    assert model.text.roberta.config.layer_norm_eps == 1e-5
+    dropouts = [module.p for module in model.text.modules() if isinstance(module, nn.Dropout)]
+    assert set(dropouts) == {0.2}  # the baseline's, of hidden states and of attention
+
+
+def test_the_tiny_presets_matrices_are_scaled_to_its_width(tiny_model):
+    # Both libraries draw with a standard deviation of 0.02.
+    attention = tiny_model.text.roberta.encoder.layer[0].attention.self.query.weight
+    assert attention.std().item() == pytest.approx(0.02 * (1024 / 96) ** 0.5, rel=0.05)
+    attention = tiny_model.audio.passt.blocks[0].attn.qkv.weight
+    assert attention.std().item() == pytest.approx(0.02 * (768 / 96) ** 0.5, rel=0.05)
 
 
 def test_the_shared_space_has_the_baselines_width_and_temperature():
@@ -225,6 +237,12 @@ def test_a_file_tells_its_own_rate(tiny_model, tmp_path):
     assert torch.equal(tiny_model.embed_audio(path, rate=44_100), expected)
 
 
+def test_a_file_embeds_as_its_waveform_in_the_cache_to_the_last_bit(tiny_model, tmp_path):
+    path = write_wav(tmp_path / "a.wav", noise(2), rate=44_100)  # Resampling makes no int16.
+    cached = to_int16(load_audio(path))
+    assert torch.equal(tiny_model.embed_audio(path), tiny_model.embed_audio(cached))
+
+
 def test_the_first_30_s_count_at_any_rate(tiny_model):
     for rate in (16_000, 32_000, 44_100):
         sound = noise(31, rate=rate)
@@ -325,6 +343,12 @@ def test_a_tokenizer_that_is_not_robertas_is_refused():
 def test_a_device_that_is_not_there_is_refused(name):
     with pytest.raises(InputError, match=f"^device {name}: cannot be used here .*try cpu$"):
         choose_device(name)
+
+
+def test_each_of_torchruns_processes_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "98")
+    with pytest.raises(InputError, match="^device cuda:98: cannot be used here"):
+        choose_device("cuda")
 
 
 def test_a_model_is_not_loaded_onto_a_device_that_is_not_there(tiny_model, tmp_path):
