@@ -299,6 +299,13 @@ def test_a_trained_tokenizer_is_of_robertas_form():
     assert (longer[0], longer[-1]) == (0, 2)
 
 
+def test_a_tokenizer_that_was_saved_with_padding_does_not_pad():
+    tokenizer = text.train_bpe(["A DOG!"] * 5, 300)
+    tokenizer.enable_padding(pad_id=1, pad_token="<pad>", length=32)
+    text.set_truncation(tokenizer, "a folder")
+    assert text.tokenize(tokenizer, ["a dog"]).shape == (1, 4)
+
+
 def test_a_trained_tokenizer_knows_the_words_of_its_captions():
     tokenizer = text.train_bpe(["A DOG!"] * 5, 300)
     assert len(tokenizer.encode("a dog").tokens) == 4  # "a", " dog", <s> and </s>
