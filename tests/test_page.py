@@ -796,6 +796,11 @@ def test_the_search_command_serves_the_page(tiny_model, tmp_path, monkeypatch, c
 
 # --- In a browser ---
 
+COUNT_VISIBLE_QUERIES = "return document.querySelectorAll('.query:not([hidden])').length"
+COUNT_VISIBLE_GROUPS = "return document.querySelectorAll('.group:not([hidden])').length"
+ENTER = "\ue007"
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory) -> Iterator[Browser]:
     with open_browser(tmp_path_factory.mktemp("profile")) as opened:
@@ -810,40 +815,62 @@ def opened(written, browser) -> Browser:
     return browser
 
 
-def test_the_page_opens_without_an_error(opened):
-    assert opened.script("return document.title") == "A <b>page</b>"
-    assert opened.errors() == []
+@pytest.fixture(scope="module")
+def evaluation_on_a_phone(written, browser) -> SimpleNamespace:
+    """Open the evaluation page on a phone, and look at it once."""
+    browser.be_a_phone()
+    browser.errors()  # Those of pages that were open before do not count.
+    browser.open((written.folder / "page.html").as_uri())
+    return SimpleNamespace(
+        title=browser.script("return document.title"),
+        fetched=browser.script("return performance.getEntriesByType('resource').length"),
+        markup=browser.script("""
+            return document.querySelectorAll("main img, main i, main b").length;
+        """),
+        nameless_controls=browser.script("""
+            const controls = [...document.querySelectorAll("audio, figure svg, input, [tabindex]")];
+            const hasName = (control) => control.ariaLabel || control.labels.length;
+            return controls.filter((control) => !hasName(control)).length;
+        """),
+        repeated_ids=browser.script("""
+            const ids = [...document.querySelectorAll("[id]")].map((element) => element.id);
+            return ids.length - new Set(ids).size;
+        """),
+        visible_queries=browser.script(COUNT_VISIBLE_QUERIES),
+        shown=browser.script("return shown.textContent"),
+        width=browser.script("return document.documentElement.scrollWidth"),
+        errors=browser.errors(),
+    )
 
 
-def test_the_page_fetches_nothing(opened):
-    assert opened.script("return performance.getEntriesByType('resource').length") == 0
+def test_the_page_opens_without_an_error(evaluation_on_a_phone):
+    assert evaluation_on_a_phone.title == "A <b>page</b>"
+    assert evaluation_on_a_phone.errors == []
 
 
-def test_a_browser_takes_nothing_from_outside_for_markup(opened):
-    assert opened.script("return document.querySelectorAll('main img, main i, main b').length") == 0
+def test_the_page_fetches_nothing(evaluation_on_a_phone):
+    assert evaluation_on_a_phone.fetched == 0
 
 
-def test_every_control_has_a_name_for_screen_readers(opened):
-    assert opened.script("""
-        const controls = [...document.querySelectorAll("audio, figure svg, input, [tabindex]")];
-        return controls.filter((control) => !control.ariaLabel && !control.labels.length).length;
-    """) == 0
+def test_a_browser_takes_nothing_from_outside_for_markup(evaluation_on_a_phone):
+    assert evaluation_on_a_phone.markup == 0
 
 
-def test_no_id_stands_twice_in_the_page(opened):
-    assert opened.script("""
-        const ids = [...document.querySelectorAll("[id]")].map((element) => element.id);
-        return ids.length - new Set(ids).size;
-    """) == 0
+def test_every_control_has_a_name_for_screen_readers(evaluation_on_a_phone):
+    assert evaluation_on_a_phone.nameless_controls == 0
 
 
-COUNT_VISIBLE_QUERIES = "return document.querySelectorAll('.query:not([hidden])').length"
-COUNT_VISIBLE_GROUPS = "return document.querySelectorAll('.group:not([hidden])').length"
+def test_no_id_stands_twice_in_the_page(evaluation_on_a_phone):
+    assert evaluation_on_a_phone.repeated_ids == 0
 
 
-def test_without_a_filter_all_queries_are_shown(opened):
-    assert opened.script(COUNT_VISIBLE_QUERIES) == 60
-    assert opened.script("return shown.textContent") == "60 of 60 queries shown"
+def test_a_phone_needs_no_scrolling_to_the_side(evaluation_on_a_phone):
+    assert evaluation_on_a_phone.width <= 390
+
+
+def test_without_a_filter_all_queries_are_shown(evaluation_on_a_phone):
+    assert evaluation_on_a_phone.visible_queries == 60
+    assert evaluation_on_a_phone.shown == "60 of 60 queries shown"
 
 
 def test_the_filter_shows_the_queries_that_hold_every_word(opened, written):
@@ -903,18 +930,11 @@ def test_a_sound_that_the_page_does_not_hold_plays_from_its_file(written, browse
     """)
 
 
-def test_a_phone_needs_no_scrolling_to_the_side(opened):
-    assert opened.script("return document.documentElement.scrollWidth") <= 390
-
-
 def test_the_page_is_dark_where_the_system_is(opened):
     background = "return getComputedStyle(document.body).backgroundColor"
     assert opened.script(background) == "rgb(255, 255, 255)"
     opened.be_dark()
     assert opened.script(background) == "rgb(20, 24, 28)"
-
-
-ENTER = "\ue007"
 
 
 def test_the_cursor_is_in_the_field_before_and_after_a_search(short, browser):
@@ -925,39 +945,45 @@ def test_the_cursor_is_in_the_field_before_and_after_a_search(short, browser):
         assert browser.script("return document.activeElement.value") == "rain"
 
 
-@pytest.fixture
-def searched_in_browser(short, browser) -> Iterator[Browser]:
-    """Open the page of a search for rain on a phone."""
+@pytest.fixture(scope="module")
+def search_on_a_phone(library, browser) -> SimpleNamespace:
+    """Open the page of a search with one short match on a phone, and look at it once."""
+    index = index_of(library)
+    index.matches = index.matches[1:2]
     browser.be_a_phone()
-    browser.errors()  # Those of other tests are not this one's.
-    with serving(short) as server:
+    browser.errors()  # Those of pages that were open before do not count.
+    with serving(index) as server:
         browser.open(f"http://localhost:{server.server_port}/?q=rain")
-        yield browser
+        return SimpleNamespace(
+            seconds=browser.script("""
+                const player = document.querySelector("audio");
+                if (!player.duration) {
+                    await new Promise((done) => { player.onloadedmetadata = done; });
+                }
+                return player.duration;
+            """),
+            plays=browser.script("""
+                const player = document.querySelector("audio");
+                await player.play();
+                await new Promise((done) => { player.ontimeupdate = done; });
+                return player.currentTime > 0;
+            """),
+            width=browser.script("return document.documentElement.scrollWidth"),
+            errors=browser.errors(),
+        )
 
 
-def test_the_search_page_opens_without_an_error(searched_in_browser):
-    assert searched_in_browser.errors() == []
+def test_the_search_page_opens_without_an_error(search_on_a_phone):
+    assert search_on_a_phone.errors == []
 
 
-def test_the_player_of_a_result_shows_its_length(searched_in_browser):
-    seconds = searched_in_browser.script("""
-        const player = document.querySelector("audio");
-        if (!player.duration) {
-            await new Promise((done) => { player.onloadedmetadata = done; });
-        }
-        return player.duration;
-    """)
-    assert seconds == pytest.approx(2, abs=0.2)
+def test_the_player_of_a_result_shows_its_length(search_on_a_phone):
+    assert search_on_a_phone.seconds == pytest.approx(2, abs=0.2)
 
 
-def test_the_player_of_a_result_plays(searched_in_browser):
-    assert searched_in_browser.script("""
-        const player = document.querySelector("audio");
-        await player.play();
-        await new Promise((done) => { player.ontimeupdate = done; });
-        return player.currentTime > 0;
-    """)
+def test_the_player_of_a_result_plays(search_on_a_phone):
+    assert search_on_a_phone.plays
 
 
-def test_on_a_phone_results_need_no_scrolling_to_the_side(searched_in_browser):
-    assert searched_in_browser.script("return document.documentElement.scrollWidth") <= 390
+def test_on_a_phone_results_need_no_scrolling_to_the_side(search_on_a_phone):
+    assert search_on_a_phone.width <= 390

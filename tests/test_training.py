@@ -906,7 +906,7 @@ def test_the_log_has_the_pairs_per_second(data, run, monkeypatch):
 
 
 def test_losses_are_not_read_before_they_are_logged(data, tmp_path, monkeypatch):
-    """To read them in each step would make a GPU wait."""
+    # To read them in each step would make a GPU wait.
     stage_1_loss = train.stage_1_loss
     item = torch.Tensor.item
     steps = []
