@@ -85,6 +85,11 @@ def test_an_option_may_not_be_abbreviated():
         parser.parse_args(["--data", "x"])
 
 
+@pytest.mark.parametrize("read", [errors.not_negative_int, errors.not_negative_float])
+def test_zero_is_taken_where_a_number_may_be_zero(read):
+    assert read("0") == 0
+
+
 # --- Files ---
 
 

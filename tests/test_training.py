@@ -806,7 +806,7 @@ def test_a_second_process_in_the_folder_is_refused(data, run, monkeypatch):
     [
         ("--batch-size", "0"), ("--captions-per-clip", "0"), ("--micro-batch", "-1"),
         ("--workers", "-1"), ("--epochs", "0"), ("--max-steps", "0"), ("--max-lr", "-1e-5"),
-        ("--max-lr", "nan"), ("--min-lr", "-1"), ("--warmup-epochs", "-1"),
+        ("--max-lr", "nan"), ("--max-lr", "inf"), ("--min-lr", "-1"), ("--warmup-epochs", "-1"),
         ("--decay-epochs", "inf"), ("--seed", "-1"), ("--log-every", "0"), ("--save-every", "x"),
     ],
 )
