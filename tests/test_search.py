@@ -132,6 +132,12 @@ def test_the_last_segment_ends_with_the_file(tiny_model, tmp_path):
     assert match.seconds == 12.5
 
 
+def test_the_length_of_a_file_counts_what_no_segment_holds(tiny_model, tmp_path):
+    write_wav(tmp_path / "a.wav", noise(10.05, 1))
+    (match,) = SoundIndex.build(tiny_model, tmp_path).search("rain")
+    assert (match.end, match.seconds) == (10, 10.05)
+
+
 def test_a_model_in_training_stays_so(other_model, sounds):
     other_model.train()
     index = SoundIndex.build(other_model, sounds)
@@ -974,6 +980,49 @@ def test_a_sound_is_the_query_and_json_the_answer(command, sounds, capsys):
         "end": 2,
         "seconds": 2,
     }
+
+
+@pytest.mark.parametrize("by", ["file", "segment"])
+@pytest.mark.parametrize("query", [["rain"], ["--like", "b.wav"]])
+def test_files_are_scored_and_as_many_are_shown_as_the_options_say(
+    command, sounds, tiny_model, monkeypatch, capsys, query, by
+):
+    for seed in (7, 8):
+        write_wav(sounds / f"long {seed}.wav", noise(25, seed) * np.linspace(0.01, 1, 800_000))
+    monkeypatch.chdir(sounds)
+    command(*query, "--audio", ".", "--json", "--by", by, "--top", 4)
+    matches = json.loads(capsys.readouterr().out)["matches"]
+    index = SoundIndex.build(tiny_model, sounds)
+    search_for = index.search_like if query[0] == "--like" else index.search
+    expected = search_for(query[-1], 4, by)
+    assert [match["score"] for match in matches] == pytest.approx(
+        [match.score for match in expected], abs=1e-5
+    )
+
+
+def test_sounds_are_embedded_in_the_precision_given(command, sounds, monkeypatch):
+    precisions = []
+    project = search.project
+
+    def project_and_note(model, segments):
+        precisions.append(model.precision)
+        return project(model, segments)
+
+    monkeypatch.setattr(search, "project", project_and_note)
+    command("rain", "--audio", sounds, "--precision", "bf16")
+    assert set(precisions) == {torch.bfloat16}
+
+
+def test_without_checkpoint_the_newest_run_searches(
+    sounds, tmp_path, tiny_model, monkeypatch, capsys
+):
+    (tmp_path / "runs/a").mkdir(parents=True)
+    torch.save(tiny_model.checkpoint(), tmp_path / "runs/a/best.pt")
+    monkeypatch.chdir(tmp_path)
+    arguments = ["rain", "--audio", str(sounds), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["search", *arguments])
+    search.main()
+    assert "b.wav" in capsys.readouterr().out
 
 
 def test_sentences_are_read_line_by_line(command, sounds, capsys, monkeypatch):
