@@ -747,6 +747,11 @@ def test_other_names_are_refused(index, host):
     assert index.asked == []
 
 
+def test_the_server_listens_to_this_machine_alone():
+    with page.search_server(0) as server:
+        assert server.server_address[0] == "127.0.0.1"
+
+
 def test_another_path_is_not_found(index):
     with serving(index) as server:
         reply = ask(server, "/etc/passwd?q=rain")
