@@ -321,9 +321,12 @@ def newest_checkpoint(runs: Path = Path("runs")) -> Path:
     return max(checkpoints, key=lambda path: path.stat().st_mtime)
 
 
-def save_atomically(values: dict, path: Path) -> None:
-    """Save values by torch.save; the file that was there stays until all is written."""
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+def save_atomically(values: object, path: Path, by_many: bool = False) -> None:
+    """Save values by torch.save; the file that was there stays until all is written.
+
+    by_many says that several processes may write it at once, as in errors.replacing.
+    """
+    with replacing(path, by_many) as temporary, open(temporary, "wb") as file:
         try:
             torch.save(values, file)
         except RuntimeError as error:

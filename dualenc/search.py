@@ -369,8 +369,9 @@ class StoredIndex:
                 return self._read()
             except PermissionError:
                 raise
-            except Exception:  # torch.load and json pass on whatever their parsers raise.
-                tell(f"{part_file}: is damaged and can be removed; its sounds are embedded again")
+            except Exception as error:  # torch.load and json pass on whatever their parsers raise.
+                reason = (str(error) or repr(error)).splitlines()[0]
+                tell(f"{part_file}: cannot be read ({reason}); its sounds are embedded again")
                 continue
             for path, file in files.items():
                 path = os.path.normpath(self.folder / path)
@@ -478,8 +479,9 @@ class StoredIndex:
         self._write(self._new_files, self._new_contents, segments)
         self.parts.append(segments)
         if self.folder is not None:
-            for digest in self._new_contents:
-                self._unfinished_file(digest).unlink(missing_ok=True)
+            for file in self._new_files.values():
+                if file is not None:
+                    self._unfinished_file(file.digest).unlink(missing_ok=True)
         self._start_next_part()
 
     def save_unfinished(self, files: Iterable[Unfinished]) -> None:
@@ -487,7 +489,8 @@ class StoredIndex:
         if self.folder is None:
             return
         for file in files:
-            save_atomically(torch.stack(file.vectors), self._unfinished_file(file.digest))
+            vectors = torch.stack(file.vectors)  # (s, D)
+            save_atomically(vectors, self._unfinished_file(file.digest), by_many=True)
 
     def vectors_of_unfinished(self, digest: str) -> Tensor:
         """Read what an interrupted run embedded of a content: (s, D), s = 0 if there is nothing."""
@@ -510,7 +513,8 @@ class StoredIndex:
         if are_many or (prune and is_something_forgotten):
             self.merge()
         if prune and self.folder is not None:
-            # What could be read is embedded by now, so these are of files that are gone.
+            # What could be read in this folder is embedded by now. So these are of files that are
+            # gone, or, where folders share an index, of another one's that is embedded anew.
             for unfinished_file in self.folder.glob("*.unfinished"):
                 unfinished_file.unlink(missing_ok=True)
 
@@ -713,8 +717,8 @@ def embed(
             keep(piece, piece.vector)
         else:
             blocks.append(piece)
-        # While no block waits, a file that brings none (its content is known) is finished at once.
-        if len(blocks) == EMBED_SEGMENTS or not blocks:
+        # Files whose content is known bring no blocks, and do not wait long for those of others.
+        if EMBED_SEGMENTS in (len(blocks), len(read_to_end)) or not blocks:
             yield embed_blocks()
     yield embed_blocks()
 

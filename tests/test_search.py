@@ -638,7 +638,7 @@ def test_a_damaged_part_is_passed_over_and_its_files_are_embedded_again(
     decoded.clear()
     after = build(tiny_model, sounds)
     assert decoded == ["new.wav"]
-    assert f"{damaged}: is damaged" in capsys.readouterr().err
+    assert f"{cannot be read (}: is damaged" in capsys.readouterr().err
     assert_close(after.vectors(), before.vectors())
 
 
@@ -692,6 +692,25 @@ def test_two_searches_at_once_both_keep_what_they_embed(tiny_model, sounds, deco
     index = build(tiny_model, sounds)
     assert decoded == ["c.wav"]
     assert_close(index.vectors(), SoundIndex.build(tiny_model, sounds).vectors())
+
+
+def test_two_searches_at_once_write_unfinished_vectors_under_names_of_their_own(
+    tiny_model, tmp_path, monkeypatch
+):
+    stored = search.StoredIndex(tmp_path, tiny_model)
+    stored.check_writable()
+    replace = os.replace
+    temporary_names = set()
+
+    def note_and_replace(temporary, path):
+        temporary_names.add(os.path.basename(temporary))
+        replace(temporary, path)
+
+    monkeypatch.setattr(os, "replace", note_and_replace)
+    for process in (1, 2):
+        monkeypatch.setattr(os, "getpid", lambda process=process: process)
+        stored.save_unfinished([search.Unfinished("digest", [torch.zeros(1024)])])
+    assert len(temporary_names) == 2
 
 
 def test_a_part_that_another_search_has_just_merged_is_no_fault(tiny_model, sounds, monkeypatch):
@@ -826,6 +845,34 @@ def test_a_recording_is_saved_while_it_is_embedded(
     interrupt_at(None)
     build(tiny_model, long_sounds)
     assert saved == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_equal_recordings_leave_nothing_unfinished(tiny_model, tmp_path):
+    # The second is read while the first is saved.
+    stored = search.StoredIndex(tmp_path, tiny_model)
+    stored.check_writable()
+    file = search.File(size=1, modified=1, digest="digest")
+    segments = torch.zeros(1, tiny_model.config.embedding)
+    stored.add(search.Reading("/first", file, Content(10.0, 1, "")), segments)
+    stored.save()
+    stored.save_unfinished([search.Unfinished("digest", [segments[0]])])
+    stored.add(search.Reading("/second", file, None), segments[:0])
+    stored.save()
+    assert list(tmp_path.rglob("*.unfinished")) == []
+
+
+def test_known_files_do_not_wait_for_the_block_of_a_new_one(tiny_model):
+    taken = []
+
+    def pieces():
+        yield search.Block("/new", "digest", np.zeros(320_000, np.int16), None)
+        for i in range(100):
+            taken.append(i)
+            yield search.Reading(f"/known {i}", search.File(1, 1, "known"), None)
+
+    finished = search.embed(tiny_model, pieces(), unfinished={})
+    assert len(next(finished)) == search.EMBED_SEGMENTS
+    assert len(taken) == search.EMBED_SEGMENTS
 
 
 def test_a_damaged_file_of_unfinished_vectors_is_passed_over(
