@@ -638,7 +638,7 @@ def test_a_damaged_part_is_passed_over_and_its_files_are_embedded_again(
     decoded.clear()
     after = build(tiny_model, sounds)
     assert decoded == ["new.wav"]
-    assert f"{cannot be read (}: is damaged" in capsys.readouterr().err
+    assert f"{damaged}: cannot be read (" in capsys.readouterr().err
     assert_close(after.vectors(), before.vectors())
 
 
