@@ -21,6 +21,7 @@ setup: .venv/installed
 demo: setup
 	./demo.sh
 
+# Two processes share the test files. Tests of one file stay together, since they share set-ups.
 test: setup
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
