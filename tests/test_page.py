@@ -336,17 +336,30 @@ def shown_rows(written) -> list[int]:
     return [written.evaluation.captions.index(card.caption) for card in cards_of(written.html)]
 
 
-def test_the_best_and_the_worst_queries_are_shown(written):
+@pytest.fixture(scope="module")
+def best_first(written) -> list[int]:
+    """Sort the queries by the rank of their right clip, and by its score where ranks are equal."""
     rank_and_loss = [(rank, -score) for rank, score in right_ranks(written.evaluation)]
-    best_first = sorted(range(N_CAPTIONS), key=rank_and_loss.__getitem__)
+    return sorted(range(N_CAPTIONS), key=rank_and_loss.__getitem__)
+
+
+def test_the_best_and_the_worst_queries_are_shown(written, best_first):
     assert shown_rows(written)[:20] == best_first[:20]
     assert shown_rows(written)[20:40] == best_first[::-1][:20]
 
 
-def test_twenty_more_queries_are_shown_at_random(written):
-    random = shown_rows(written)[40:]
-    assert len(set(random)) == 20
-    assert random != sorted(random)
+def test_twenty_more_queries_are_shown_at_random(written, best_first):
+    places = [best_first.index(row) for row in shown_rows(written)[40:]]
+    assert len(set(places)) == 20
+    assert max(places) - min(places) > 20
+    assert places != sorted(places)
+
+
+def test_what_is_embedded_of_a_clip_can_be_listened_to(tmp_path):
+    sounds = page.Sounds(tmp_path)
+    sounds.source(write_wav(tmp_path / "long.wav", noise(41)))
+    (tmp_path / "held.mp3").write_bytes(sounds.held[0])
+    assert len(load_audio(tmp_path / "held.mp3")) / SAMPLE_RATE == pytest.approx(30, abs=0.2)
 
 
 def test_the_page_says_how_many_queries_there_are(written):
