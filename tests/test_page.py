@@ -355,6 +355,13 @@ def test_twenty_more_queries_are_shown_at_random(written, best_first):
     assert places != sorted(places)
 
 
+def test_the_page_draws_the_curves_of_all_runs(tmp_path):
+    runs = [write_run(tmp_path / "one", [4, 2]), write_run(tmp_path / "two", [3])]
+    html = page.curves_of_runs(runs)
+    assert ">one<" in html
+    assert ">two<" in html
+
+
 def test_what_is_embedded_of_a_clip_can_be_listened_to(tmp_path):
     sounds = page.Sounds(tmp_path)
     sounds.source(write_wav(tmp_path / "long.wav", noise(41)))
@@ -481,7 +488,7 @@ def test_beside_it_stands_the_recall_of_chance():
 
 
 def test_pictures_are_drawn_with_their_captions():
-    html = page.figures_for_page(page.ranking_panels(np.array([1, 2]), 3))
+    html = page.figures_for_page(page.ranking_panels(np.array([1, 1, 2, 3]), 3))
     assert html.count("<svg") == 2
     captions = Elements(re.sub(r"<svg.*?</svg>", "", html, flags=re.DOTALL)).texts("figcaption")
     assert captions[0] == "Rank of the right clip among 3; the median is 1.5"
@@ -758,6 +765,12 @@ def test_other_names_are_refused(index, host):
     assert reply.status == 403
     assert "so that no other web page can read it" in reply.html
     assert index.asked == []
+
+
+def test_a_sentence_of_any_length_is_searched_for_by_its_beginning(short):
+    with serving(short) as server:
+        ask(server, f"/?q={2000 * 'x'}")
+    assert short.asked[0][0] == 1000 * "x"
 
 
 def test_the_server_listens_to_this_machine_alone():
