@@ -233,7 +233,7 @@ def test_a_disk_that_fails_in_the_middle_is_no_fault_of_the_sound():
     assert faults == []
 
 
-@pytest.mark.parametrize("before", [b"", chunk(b"LIST", 30)])
+@pytest.mark.parametrize("before", [b"", chunk(b"LIST", 30), chunk(b"LIST", 31) + b"\0"])
 def test_a_wav_whose_header_tells_of_less_than_half_of_its_sound_says_so(before, tmp_path):
     plain = wav_of_sizes(riff=64_036, data=64_000)  # 1 s of 5
     waveform, faults = load(tmp_path / "a.wav", plain[:36] + before + plain[36:])
@@ -317,22 +317,37 @@ def test_damaged_files_are_read_or_refused(name, tmp_path):
             assert str(error).startswith(f"{tmp_path / 'a'}: ")
 
 
-def test_video_is_not_even_probed(tmp_path):
-    path = tmp_path / "a.mp4"
-    with av.open(str(path), "w") as file:
+def write_video(path: Path, form: str, pictures: int, seconds: float) -> None:
+    """Write a video of black pictures, 25 a second, and a tone."""
+    with av.open(str(path), "w", format=form) as file:
         video = file.add_stream("mpeg4", rate=25, width=32, height=32, pix_fmt="yuv420p")
         sound = file.add_stream("aac", rate=RATE, layout="mono")
-        for _ in range(5):
+        for _ in range(pictures):
             file.mux(video.encode(av.VideoFrame(32, 32, "yuv420p")))
-        frame = av.AudioFrame.from_ndarray(tone(2)[None], "fltp", "mono")
+        frame = av.AudioFrame.from_ndarray(tone(seconds)[None], "fltp", "mono")
         frame.sample_rate = RATE
         file.mux(sound.encode(frame))
         file.mux([*video.encode(None), *sound.encode(None)])
+
+
+def test_video_is_not_even_probed(tmp_path):
+    path = tmp_path / "a.mp4"
+    write_video(path, "mp4", pictures=5, seconds=2)
     with av.open(str(path)) as file:
         assert file.streams.video[0].codec_context.pix_fmt == "yuv420p"  # known by probing
     with decoding._open(path) as file:
         assert file.streams.video[0].codec_context.pix_fmt is None
     assert level(decoding.load_audio(path)) == pytest.approx(0.5, rel=0.06)
+
+
+@pytest.mark.parametrize("form", ["mp4", "matroska"])
+def test_a_sound_that_ends_before_its_video_is_whole(form, tmp_path):
+    path = tmp_path / "a"
+    write_video(path, form, pictures=100, seconds=1)
+    faults = []
+    waveform = decoding.load_audio(path, faults=faults)
+    assert len(waveform) / RATE == pytest.approx(1, abs=0.1)
+    assert faults == []
 
 
 # --- Names ---
