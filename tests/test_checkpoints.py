@@ -132,6 +132,11 @@ def test_sizes_follow_from_the_weights(published_file):
     }
 
 
+def test_a_published_models_temperature_is_kept(published_file, roberta_folder):
+    model = DualEncoder.load(published_file, tokenizer=roberta_folder)
+    assert model.tau.item() == pytest.approx(0.07)
+
+
 @pytest.mark.parametrize("form, stage", [("salsa", "distilled"), ("baseline", "contrastive")])
 def test_salsas_model_is_a_student_and_the_baselines_is_not(original, tmp_path, form, stage):
     torch.save({"state_dict": original_weights(original, form)}, tmp_path / "a.ckpt")

@@ -451,6 +451,13 @@ def test_an_excerpt_is_that_part_of_the_whole_to_50_ms(name, start, recordings):
     assert np.std(excerpt) == pytest.approx(np.std(expected), rel=0.02)
 
 
+@pytest.mark.parametrize("name", ["wav", "m4a"])  # They are at 32 kHz: nothing is resampled.
+def test_an_excerpt_is_exact_from_its_first_sample_on(name, recordings):
+    path, waveform = recordings[name]
+    excerpt = decoding.load_excerpt(path, 10, 1, len(waveform) / RATE)
+    np.testing.assert_allclose(excerpt, waveform[10 * RATE : 11 * RATE], rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["wav", "mp3", "m4a", "shifted"])
 def test_an_excerpt_is_found_by_seeking(name, recordings, monkeypatch):
     path, waveform = recordings[name]
