@@ -1,5 +1,6 @@
 """The dual encoder as its users call it; the sizes of the report's; devices and precisions."""
 
+import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -322,8 +323,10 @@ def test_a_hub_that_cannot_be_reached_is_reported_in_one_line(monkeypatch, load,
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nothing listens
     huggingface_hub.close_session()
+    began = time.monotonic()
     with pytest.raises(InputError, match=f"^no-such: cannot be fetched .*{remedy}.*$"):
         getattr(fresh, load)("no-such")
+    assert time.monotonic() - began < 15  # s; transformers alone would retry for 23 or 47
 
 
 def test_a_roberta_that_lacks_weights_is_refused(tmp_path):
