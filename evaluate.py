@@ -115,10 +115,10 @@ def parse_arguments():
     )
 
     files = parser.add_argument_group("files to write")
-    files.add_argument("--json", type=Path, metavar="FILE", help="all figures, as fractions")
+    files.add_argument("--json", type=Path, metavar="FILE", help="write all figures, as fractions")
     files.add_argument(
         "--html", type=Path, metavar="FILE",
-        help="a page of one model or ensemble, to look at and listen to",
+        help="write a page of one model or ensemble, to look at and listen to",
     )
 
     args = parser.parse_args()

@@ -157,7 +157,8 @@ def add_training_options(parser: Parser, data) -> None:
 
     files = parser.add_argument_group("files to write")
     files.add_argument(
-        "--out", type=Path, help="folder of the run (default runs/STAGE-DATASETS-seedN)"
+        "--out", type=Path,
+        help="folder of the run (default: one below runs, named by stage, data sets and seed)",
     )
     files.add_argument(
         "--log-every", type=positive_int, default=10,

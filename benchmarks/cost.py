@@ -19,9 +19,9 @@ from dualenc.model import DualEncoder
 
 EPOCHS = 20
 PADDED_TOKENS = 32
-PADDED_SEGMENTS = 3  # of a clip
+PADDED_SEGMENTS = 3  # segments of a padded clip
 # Clotho's clips last 15 to 30 s, evenly spread: a third has two segments, the others have three.
-CLOTHO_SEGMENTS = 8 / 3  # of a pair, on average
+CLOTHO_SEGMENTS = 8 / 3  # segments of a pair, on average
 AUDIOCAPS_PAIRS = 57_188
 BOTH_SEGMENTS = (CLOTHO_PAIRS * CLOTHO_SEGMENTS + AUDIOCAPS_PAIRS) / (
     CLOTHO_PAIRS + AUDIOCAPS_PAIRS
@@ -38,7 +38,8 @@ def flop_of_a_step(segments: int, tokens: int, pairs: int = PAIRS) -> dict[str, 
     """Count the operations of forward and backward: {part of the model: FLOP}.
 
     Args:
-        segments: of the whole batch; tokens: of its longest caption.
+        segments: how many the whole batch has.
+        tokens: how many its longest caption has.
     """
     with (
         WITHOUT_MEMORY,

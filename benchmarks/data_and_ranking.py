@@ -25,7 +25,7 @@ from dualenc.search import Content, SoundIndex
 
 RATE = 44_100
 BATCH = 64
-TEST_CLIPS = 1045  # of Clotho's test split
+TEST_CLIPS = 1045  # clips of Clotho's test split
 CAPTIONS_PER_CLIP = 5
 EMBEDDING = 1024
 

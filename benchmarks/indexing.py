@@ -23,7 +23,7 @@ from dualenc.model import DualEncoder
 from dualenc.search import Content, File, Reading, SoundIndex, StoredIndex, stamp
 
 RATE = 44_100
-SEGMENTS = 3  # of each file of the large index
+SEGMENTS = 3  # segments of each file of the large index
 
 
 def indexing(model: DualEncoder, folder: Path, paths: list[Path]) -> dict[str, Callable]:

@@ -18,9 +18,10 @@ from dualenc.audio import to_segments
 from dualenc.data import Batch
 from dualenc.decoding import SAMPLE_RATE
 
-PAIRS = 64  # of the report's batch
+PAIRS = 64  # pairs of the report's batch
 TOKENS = 24  # the longest caption of a batch, as a rule
-CLOTHO_CLIPS, CLOTHO_PAIRS = 3839, 19_195  # of Clotho's training split
+CLOTHO_CLIPS = 3839  # clips of Clotho's training split
+CLOTHO_PAIRS = 19_195  # their captions
 WORDS = "a dog barks while rain falls on the roof and someone walks over gravel far away".split()
 
 

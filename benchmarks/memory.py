@@ -101,7 +101,7 @@ def embedding(precision: torch.dtype | None, device: str = "cpu") -> None:
 # --- Predicted ---
 
 class Peak(TorchDispatchMode):
-    """Counts the bytes of all storages that live, and keeps their highest sum."""
+    """A counter of the bytes of all living storages, which keeps their highest sum."""
 
     def __init__(self):
         super().__init__()

@@ -52,7 +52,7 @@ class PlainRecipe(nn.Module):
     def forward(
         self, clips: list[np.ndarray], captions: list[str], precision: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:
-        """B clips (n,) int16 and their captions -> audio and text embeddings, (B, D) each."""
+        """Embed B clips (n,) int16 and their captions: audio and text, (B, D) each."""
         padded = [np.pad(clip, (0, CLIP_SAMPLES - len(clip))) for clip in clips]
         segments = torch.from_numpy(np.stack(padded)).view(-1, SEGMENT_SAMPLES)
         segments = segments.to(self.ours.device) / INT16_SCALE

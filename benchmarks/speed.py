@@ -43,7 +43,7 @@ def loss_of(audio: Tensor, text: Tensor) -> Tensor:
 
 
 def mixed_durations(pairs: int) -> list[float]:
-    """Half of the clips last 10 s, as AudioCaps', the others 15 to 30 s, as Clotho's."""
+    """Return durations: half last 10 s, as AudioCaps', the others 15 to 30 s, as Clotho's."""
     half = pairs // 2
     return [10.0] * half + torch.linspace(15, 30, pairs - half).tolist()
 
@@ -111,7 +111,8 @@ def compare_embedding(clip_count: int, ours: DualEncoder, plain: PlainRecipe, ro
 
     def embed_plain(precision):
         """The plain recipe embeds a clip with each of its captions."""
-        audio, text = [], []
+        audio = []
+        text = []
         for start in range(0, len(captions), PLAIN_BATCH):
             rows = range(start, min(start + PLAIN_BATCH, len(captions)))
             shown_clips = [clips[row // CAPTIONS_PER_CLIP] for row in rows]

@@ -103,7 +103,7 @@ class LogMel(AugmentMelSTFT):
         """Compute the log-mel spectrograms of segments: (S, 320000) -> (S, 128, T), float32."""
         fmin, fmax = self.fmin, self.fmax
         if self.training:
-            # In hear21passt's order, so that a seed gives the spectrogram that it gives there.
+            # Both are drawn in hear21passt's order, so that a seed gives the same spectrogram.
             fmin += torch.randint(self.fmin_aug_range, (1,)).item()
             fmax += self.fmax_aug_range // 2 - torch.randint(self.fmax_aug_range, (1,)).item()
         filters = _mel_filters(fmin, fmax, segments.device)
@@ -155,7 +155,9 @@ class Attention(nn.Module):
 
     def __init__(self, plain: nn.Module):
         super().__init__()
-        self.heads, self.qkv, self.proj = plain.num_heads, plain.qkv, plain.proj
+        self.heads = plain.num_heads
+        self.qkv = plain.qkv
+        self.proj = plain.proj
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend from every patch to all patches of its segment: (S, patches, W) -> the same."""
@@ -181,8 +183,8 @@ class AudioTower(nn.Module):
         self, width: int, depth: int, heads: int, patch: tuple[int, int], patchout: tuple[int, int]
     ):
         super().__init__()
-        # Imported here, since it loads timm and torchvision, for which --help and the refusal of
-        # bad input need not wait.
+        # hear21passt is imported here, since it loads timm and torchvision, for which --help and
+        # the refusal of bad input need not wait.
         from hear21passt.models import passt
 
         passt.first_RUN = False  # Otherwise hear21passt prints every shape of its first forward.
@@ -196,7 +198,7 @@ class AudioTower(nn.Module):
         for block in self.passt.blocks:
             block.attn = Attention(block.attn)
         self.passt.head = nn.Identity()
-        # If it were None, hear21passt would take this for a PaSST without distillation token.
+        # With head_dist None, hear21passt would take this for a PaSST without distillation token.
         self.passt.head_dist = nn.Identity()
 
     def forward(self, segments: Tensor) -> Tensor:

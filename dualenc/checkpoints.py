@@ -37,7 +37,7 @@ class Published(NamedTuple):
 
     title: str
     file_name: str  # in torch's hub folder
-    urls: tuple[str, ...]  # of the parts, which are joined in this order
+    urls: tuple[str, ...]  # one for each part; the parts are joined in this order
     alternative: str = ""  # ends the message if they cannot be fetched
 
     def path(self) -> Path:
@@ -238,7 +238,7 @@ PASSED_OVER = (
     "audio_embedding_model.model.model.head.", "audio_embedding_model.model.model.head_dist.",
     "timing_tau", "audio_token", "posencode.", "audio_sequence.", "audio_output_projection.",
 )
-HEAD_WIDTH = 64  # of one attention head, in PaSST and in every RoBERTa
+HEAD_WIDTH = 64  # values of one attention head, in PaSST and in every RoBERTa
 
 
 def _from_lightning(saved: dict, path: Path) -> dict:

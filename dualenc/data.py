@@ -86,7 +86,7 @@ class Split:
         A folder may be renamed or moved in between, so the text holds neither its name nor its
         sounds' paths.
         """
-        dataset, part = parse_split_name(self.name)
+        _, dataset, part = parse_split_name(self.name)
         digest = short_digest([[clip.name, clip.captions] for clip in self.clips])
         return f"{dataset}/{part} ({len(self.clips)} clips, digest {digest})"
 
@@ -100,15 +100,17 @@ class Split:
         return f"{self.name}: {', '.join(facts)} ({self.source})"
 
 
-def parse_split_name(name: str) -> tuple[str, str]:
-    """Return the data set and the part that a split's name tells.
+def parse_split_name(name: str) -> tuple[str, str, str]:
+    """Return the title, the data set and the part that a split's name tells.
 
-    "clotho/development" -> ("clotho", "development"); "audiocaps/train" -> ("audiocaps", "train").
-    A user's folder has the parts "train", "val" and "all". It is known by a digest of its
-    captions, since it may be renamed or moved: "my_sounds@1a2b3c4d/val" -> ("1a2b3c4d", "val").
+    "clotho/development" -> ("clotho", "clotho", "development"). A user's folder has the parts
+    "train", "val" and "all". Its title is the folder's name. The data set itself is known by a
+    digest of its captions, since the folder may be renamed or moved:
+    "my_sounds@1a2b3c4d/val" -> ("my_sounds", "1a2b3c4d", "val").
     """
-    dataset, _, part = name.rpartition("@")[2].partition("/")
-    return dataset, part
+    title_and_digest, _, part = name.rpartition("/")
+    title, _, dataset = title_and_digest.rpartition("@")
+    return title or dataset, dataset, part
 
 
 def dataset_names(split_names: Iterable[str]) -> list[str]:
@@ -116,8 +118,11 @@ def dataset_names(split_names: Iterable[str]) -> list[str]:
 
     ["clotho/development", "my_sounds@1a2b3c4d/val"] -> ["clotho", "my_sounds"].
     """
-    datasets = [name.rpartition("/")[0] for name in split_names]
-    return sorted({dataset.partition("@")[0] for dataset in datasets})
+    titles = set()
+    for name in split_names:
+        title, _, _ = parse_split_name(name)
+        titles.add(title)
+    return sorted(titles)
 
 
 def short_digest(values) -> str:
@@ -478,9 +483,9 @@ def training_splits(
 
 def was_seen(split: Split, trained_on: Sequence[str]) -> bool:
     """Tell whether a model trained on splits of these names has seen this split or a part of it."""
-    dataset, part = parse_split_name(split.name)
+    _, dataset, part = parse_split_name(split.name)
     for name in trained_on:
-        trained_dataset, trained_part = parse_split_name(name)
+        _, trained_dataset, trained_part = parse_split_name(name)
         if trained_dataset != dataset:
             continue
         if part == trained_part or part == "all" or trained_part == "all":
@@ -632,15 +637,19 @@ class PairBatches(torch.utils.data.Dataset):
 
 # --- python -m dualenc.data check FOLDER ---
 
-SILENT_PEAK = 1e-4  # of full scale: -80 dB
+SILENT_PEAK = 1e-4  # a share of full scale: -80 dB
 UNREADABLE = "cannot be read"
 NOT_WHOLE = "not whole"
 
 
 def main() -> int:
     parser = Parser(__doc__)
-    parser.add_argument("action", choices=("check",))
-    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("action", choices=("check",), help="the one action that there is")
+    parser.add_argument(
+        "folder", type=Path, metavar="FOLDER",
+        help="a folder of sounds, with or without a captions.csv, or the folder that holds Clotho "
+        "and AudioCaps",
+    )
     folder = parser.parse_args().folder
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")

@@ -65,7 +65,9 @@ def usable_cores() -> int:
 
 # --- Sound file -> waveform ---
 
-def load_audio(path: AnyPath, max_seconds: float | None = None, faults: list[str] | None = None):
+def load_audio(
+    path: AnyPath, max_seconds: float | None = None, faults: list[str] | None = None
+) -> np.ndarray:
     """Decode a sound file: (n,) float32, mono, 32 kHz, at most 1 in size.
 
     Errors, faults, and the scaling of blocks above full scale are as in stream_audio.
@@ -381,7 +383,7 @@ class Resampler:
 
         Args:
             format, layout: FFmpeg's names, such as "fltp" and "stereo".
-            rate: of the frames, in Hz.
+            rate: the frames' sample rate in Hz.
         """
         rates = [SAMPLE_RATE]
         if 4000 <= rate < SAMPLE_RATE:

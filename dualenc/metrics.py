@@ -127,17 +127,17 @@ def bootstrap(
     same clip_of_query (Q,) and seed draw the same clips, so two models' means may be subtracted
     draw by draw (the paired bootstrap).
     """
-    # (C,) the clips, and (Q,) for each query its clip's place among them.
-    clips, place_of_query = np.unique(clip_of_query, return_inverse=True)
+    # clips (C,) are those that have queries; clip_index (Q,) tells which of them each query's is.
+    clips, clip_index = np.unique(clip_of_query, return_inverse=True)
     drawn = np.random.default_rng(seed).integers(len(clips), size=(draws, len(clips)))
 
     # A resample's mean needs only how often each clip was drawn, and each clip's sum of values.
     counts = [np.bincount(clips_drawn, minlength=len(clips)) for clips_drawn in drawn]
     times_drawn = np.array(counts, dtype=np.float64)  # (draws, C)
-    queries_drawn = times_drawn @ np.bincount(place_of_query)  # (draws,)
+    queries_drawn = times_drawn @ np.bincount(clip_index)  # (draws,)
     means = {}
     for name, value in values.items():
-        sum_of_clip = np.bincount(place_of_query, weights=value.numpy())  # (C,)
+        sum_of_clip = np.bincount(clip_index, weights=value.numpy())  # (C,)
         means[name] = times_drawn @ sum_of_clip / queries_drawn
     return means
 

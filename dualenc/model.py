@@ -35,7 +35,7 @@ from dualenc.text import (
 )
 
 EMBED_CLIPS = 8  # clips that are embedded at a time, without gradients
-EMBED_CAPTIONS = 64  # captions, likewise
+EMBED_CAPTIONS = 64  # captions that are embedded at a time, without gradients
 Sound = str | os.PathLike | np.ndarray | Tensor  # a path, or a waveform
 
 
@@ -61,7 +61,7 @@ class DualEncoderConfig:
     num_attention_heads: int = 16
     intermediate_size: int = 4096
     max_position_embeddings: int = 514
-    text_dropout: float = 0.2  # of hidden states and attention, as in the baseline
+    text_dropout: float = 0.2  # for hidden states and attention, as in the baseline
     # the shared space
     embedding: int = 1024  # values of an embedding
     tau: float = 0.05  # the temperature, by which the losses divide cosines
@@ -356,7 +356,7 @@ def _waveform(sound: Sound, rate: int) -> np.ndarray:
             f"an array of shape {waveform.shape} is no waveform: (n,) is needed, the mean over "
             "channels, or a list of such"
         )
-    # Cut it before resampling, so that no more than 30 s are resampled; crop cuts it exactly.
+    # Cut the waveform first, so that no more than 30 s are resampled; crop cuts it exactly.
     waveform = waveform[: CLIP_SAMPLES * rate // SAMPLE_RATE]
     if waveform.dtype == np.int16:
         waveform = waveform.astype(np.float32) / INT16_SCALE

@@ -35,7 +35,7 @@ from dualenc.metrics import ranks
 QUERIES_PER_GROUP = 20
 CLIPS_PER_QUERY = 10  # the first clips of a query's ranking are shown
 LISTEN_SECONDS = 30  # the part of a clip that is embedded, and can be listened to
-PAGE_MP3_BYTES = 25 * 2**20  # of mp3 that one page holds; base64 makes it a third larger
+PAGE_MP3_BYTES = 25 * 2**20  # mp3 that one page holds; base64 makes it a third larger
 RIGHT = "✓ the right clip"
 RELEVANT = "✓ relevant, too"
 
@@ -85,7 +85,7 @@ class Evaluation:
 
     title: str
     notes: Sequence[str]  # lines below the title
-    columns: Sequence[str]  # the table's
+    columns: Sequence[str]  # headings of the table
     lines: Sequence[tuple[str, Sequence[str]]]  # (label, cells); indented, it belongs to that above
     run_folders: Sequence[Path]  # their learning curves are drawn if they hold a log
     clip_names: Sequence[str]  # (N,)

@@ -204,15 +204,7 @@ class SoundIndex:
         stored.tidy(prune)
 
         # 4. Make an index of the files that are there.
-        searched = []
-        for path in there:
-            if path not in stored.files:  # New, but cannot be read now.
-                continue
-            content = stored.content_of(path)
-            if content.fault:
-                faults.setdefault(path, content.fault)
-            if content.segment_count > 0:
-                searched.append(path)
+        searched = stored.searchable(there, faults)
         faults = {path.removeprefix(prefix): faults[path] for path in sorted(faults)}
         if not searched:
             reasons = [f"{name}: {fault}" for name, fault in faults.items()]
@@ -395,6 +387,19 @@ class StoredIndex:
 
     def content_of(self, path: str) -> Content:
         return self.contents[self.files[path].digest]
+
+    def searchable(self, paths: Sequence[str], faults: dict[str, str]) -> list[str]:
+        """List the files that hold sound, and add the faults of all contents to faults."""
+        searched = []
+        for path in paths:
+            if path not in self.files:  # It is new, but cannot be read now.
+                continue
+            content = self.content_of(path)
+            if content.fault:
+                faults.setdefault(path, content.fault)
+            if content.segment_count > 0:
+                searched.append(path)
+        return searched
 
     def rows_of(self, digests: Sequence[str]) -> Tensor:
         """Return the rows of all segments of contents, counted through all parts: (S,) int64."""
@@ -591,8 +596,8 @@ def embed_changed(model: DualEncoder, stored: StoredIndex, paths: Sequence[str])
     faults = {}
     unfinished: dict[str, Unfinished] = {}
     save_at = time.monotonic() + SAVE_SECONDS
-    # An index in memory is a program's, and shows no bar. None leaves it to tqdm, which shows none
-    # where there is no terminal.
+    # An index in memory is built by a program, and shows no bar. With None tqdm decides: it shows a
+    # bar on a terminal only.
     no_bar = True if stored.folder is None else None
     bar = tqdm(total=len(paths), desc="embedding", unit="file", disable=no_bar)
     stopping = threading.Event()
@@ -673,7 +678,7 @@ def digest_of_file(path: str, stopping: threading.Event) -> str:
     with open(path, "rb") as file:
         while chunk := file.read(HASHED_BYTES):
             digest.update(chunk)
-            # This is asked often, since a file may be large and a network slow.
+            # Stopping is looked for after every megabyte: a file may be large and a network slow.
             if stopping.is_set():
                 raise InterruptedError
     return digest.hexdigest()[:32]
@@ -991,7 +996,8 @@ def main() -> None:
     args = parse_arguments()
     server = None
     if args.serve:
-        server = page.search_server(args.port)  # Before the long work, since the port may be taken.
+        # The port is taken before the long work, since another program may hold it.
+        server = page.search_server(args.port)
 
     # --- The model ---
     device = choose_device(args.device)

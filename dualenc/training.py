@@ -172,7 +172,7 @@ class Run:
         self.step = 0  # steps finished
         self.best = -1.0  # the highest validation mAP@10 so far
         self.losses: list[dict[str, float]] = []  # the losses of each step of this epoch
-        self.unread_losses: list[dict[str, Tensor]] = []  # the newest, still on the device
+        self.unread_losses: list[dict[str, Tensor]] = []  # of the newest steps, still on the device
         self.clock_start = (0, 0.0)  # (step, seconds) from which steps are timed
 
         settings = json.loads(json.dumps(settings, default=str))

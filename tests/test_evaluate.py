@@ -654,19 +654,19 @@ def table_without_annotations(here) -> SimpleNamespace:
     )
 
 
-def test_without_them_their_columns_hold_dashes(table_without_annotations):
+def test_without_annotations_their_columns_hold_dashes(table_without_annotations):
     _, cells = table_without_annotations.lines[0]
     assert cells["new mAP@16"] == "-"
     assert cells["new mAP@10"] == "-"
 
 
-def test_without_them_the_json_has_figures_of_the_captions_alone(table_without_annotations):
+def test_without_annotations_the_json_has_figures_of_the_captions_alone(table_without_annotations):
     written = table_without_annotations.written
     assert list(written["rows"][0]["results"]) == ["captions"]
     assert written["about"]["annotations"] is None
 
 
-def test_it_is_reported_that_they_are_not_there(here, tmp_path):
+def test_annotations_that_are_not_there_are_reported(here, tmp_path):
     for name in ("evaluation", "clotho_captions_evaluation.csv"):
         (tmp_path / name).symlink_to(here / name)
     printed = print_of_evaluate(tmp_path, "--checkpoint", here / "a.pt")

@@ -128,7 +128,7 @@ def test_the_learning_rate_of_every_step_equals_the_original_code():
     np.testing.assert_allclose(rates, golden["lr"], rtol=0, atol=1e-12)
 
 
-def test_the_learning_rate_without_warm_up_by_hand():
+def test_without_warm_up_the_learning_rate_starts_at_its_highest():
     # Ten steps an epoch, decaying for two epochs: the top, half-way, the bottom, and after it.
     rates = [learning_rate(step, 10, 0, 2, 1e-3, 1e-5) for step in (0, 10, 20, 24)]
     assert rates == [1e-3, (1e-3 + 1e-5) / 2, 1e-5, 1e-5]
@@ -163,7 +163,7 @@ def test_metrics_equal_the_original_code_with_several_relevant_clips(name, golde
     assert computed[name] == pytest.approx(golden_metrics.metrics[f"multi {name}"], abs=1e-12)
 
 
-def test_average_precision_by_hand():
+def test_average_precision_is_that_of_its_worked_example():
     # Three relevant clips rank 1, 3 and 12; a single one ranks 6.
     values = query_metrics([torch.tensor([1, 3, 12]), torch.tensor([6])])
     assert values["mAP@10"].tolist() == pytest.approx([(1 + 2 / 3) / 3, 1 / 6])

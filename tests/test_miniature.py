@@ -536,34 +536,14 @@ def test_with_the_reports_settings_the_demo_trains_in_the_foreground(tmp_path):
     assert "miniature" not in done.stdout
 
 
-# Like a training run: the first signal lets it save, a second one ends it.
-SAVING_RUN = """
-import signal, sys, time
-
-def save(number, frame):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(0.5)
-    with open("saved.txt", "a") as file:
-        file.write("saved\\n")
-    sys.exit(143)
-
-signal.signal(signal.SIGINT, save)
-signal.signal(signal.SIGTERM, save)
-with open("started.txt", "a") as file:
-    file.write("started\\n")
-time.sleep(99)
-"""
-
-
 def listen_to_ctrl_c():
     """Undo what a shell that started the tests in the background may have done."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_ctrl_c_lets_both_runs_of_the_demo_save_first(tmp_path):
-    (tmp_path / "saving_run.py").write_text(SAVING_RUN)
-    stand_in(tmp_path, f"case $* in train*) exec {sys.executable} saving_run.py;; esac")
+    program = Path(__file__).with_name("saving_run.py")
+    stand_in(tmp_path, f"case $* in train*) exec {sys.executable} '{program}';; esac")
     demo = subprocess.Popen(
         "./demo.sh", cwd=tmp_path, start_new_session=True, preexec_fn=listen_to_ctrl_c
     )

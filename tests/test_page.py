@@ -481,7 +481,7 @@ def test_the_curve_of_recall_counts_the_queries_up_to_each_rank():
         assert measured[k - 1] == pytest.approx([k, 100 * hits / 6])
 
 
-def test_beside_it_stands_the_recall_of_chance():
+def test_the_recall_of_chance_is_drawn_beside_that_of_the_model():
     _, recall = page.ranking_panels(RANKS, 30).values()
     _, chance = painted(recall).points
     assert chance == [pytest.approx([k, 100 * k / 30]) for k in range(1, 31)]
@@ -494,7 +494,7 @@ def test_pictures_are_drawn_with_their_captions():
     assert captions[0] == "Rank of the right clip among 3; the median is 1.5"
 
 
-def test_times_by_hand():
+def test_a_time_is_written_as_a_player_shows_it():
     shown = [page.clock(seconds) for seconds in (0, 20, 5.001, 7.28, 59.96, 3740)]
     assert shown == ["0:00", "0:20", "0:05", "0:07.3", "1:00", "1:02:20"]
 

@@ -272,7 +272,7 @@ def test_a_curly_apostrophe_is_a_straight_one():
 def test_what_is_unchanged_is_not_even_opened(tiny_model, sounds, decoded, monkeypatch):
     first = build(tiny_model, sounds)
     decoded.clear()
-    monkeypatch.setattr(search, "digest_of_file", None)  # would fail
+    monkeypatch.setattr(search, "digest_of_file", None)  # Calling it would fail.
     second = build(tiny_model, sounds)
     assert decoded == []
     assert second.names == ["a.wav", "b.wav", "deep/c.wav"]
@@ -301,7 +301,7 @@ def test_a_touched_file_is_hashed_once(tiny_model, sounds, monkeypatch):
     build(tiny_model, sounds)
     os.utime(sounds / "a.wav", (1, 1))
     build(tiny_model, sounds)
-    monkeypatch.setattr(search, "digest_of_file", None)  # would fail
+    monkeypatch.setattr(search, "digest_of_file", None)  # Calling it would fail.
     build(tiny_model, sounds)
 
 
@@ -510,7 +510,7 @@ def test_a_file_that_changes_while_it_is_read_is_read_again(tiny_model, sounds, 
 def test_library_and_index_may_be_moved_together(tiny_model, sounds, tmp_path, monkeypatch):
     build(tiny_model, sounds)
     moved = sounds.rename(tmp_path / "moved")
-    monkeypatch.setattr(search, "digest_of_file", None)  # would fail
+    monkeypatch.setattr(search, "digest_of_file", None)  # Calling it would fail.
     index = build(tiny_model, moved)
     assert index.names == ["a.wav", "b.wav", "deep/c.wav"]
     assert index.search("rain")[0].path.exists()
@@ -622,7 +622,7 @@ def test_the_later_part_counts_where_the_clock_was_put_back(tiny_model, sounds, 
     monkeypatch.setattr(time, "time_ns", lambda: 1)
     write_wav(sounds / "a.wav", noise(2, 50))
     build(tiny_model, sounds)
-    monkeypatch.setattr(search, "digest_of_file", None)  # would fail
+    monkeypatch.setattr(search, "digest_of_file", None)  # Calling it would fail.
     build(tiny_model, sounds)
 
 
@@ -676,7 +676,7 @@ def test_an_index_that_cannot_be_written_is_refused_before_the_first_file(
 
 def test_an_index_that_cannot_be_written_can_be_searched(tiny_model, sounds, monkeypatch):
     build(tiny_model, sounds)
-    monkeypatch.setattr(search, "save_atomically", None)  # would fail
+    monkeypatch.setattr(search, "save_atomically", None)  # Calling it would fail.
     monkeypatch.setattr(search.tempfile, "TemporaryFile", None)
     assert build(tiny_model, sounds).search("rain")
 
