@@ -402,7 +402,7 @@ class Resampler:
 
     def push(self, frame: AudioFrame) -> list[np.ndarray]:
         """Resample a frame; return the blocks (n, channels) that are ready."""
-        frame.pts = None  # FFmpeg would fill a gap between time stamps.
+        frame.pts = None  # Only the samples count, whatever their time stamps say.
         self.graph.push(frame)
         return self._ready_blocks()
 

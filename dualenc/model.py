@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
-from dualenc.audio import CLIP_SAMPLES, AudioTower, crop, to_segments
+from dualenc.audio import CLIP_SAMPLES, AudioTower, to_segments
 from dualenc.checkpoints import load_strictly, published_passt, read_checkpoint
 from dualenc.decoding import (
     INT16_SCALE, SAMPLE_RATE, AnyPath, load_audio, resample, to_int16, within_full_scale,
@@ -356,7 +356,7 @@ def _waveform(sound: Sound, rate: int) -> np.ndarray:
             f"an array of shape {waveform.shape} is no waveform: (n,) is needed, the mean over "
             "channels, or a list of such"
         )
-    # Cut the waveform first, so that no more than 30 s are resampled; crop cuts it exactly.
+    # Only the first 30 s are embedded, so no more are resampled.
     waveform = waveform[: CLIP_SAMPLES * rate // SAMPLE_RATE]
     if waveform.dtype == np.int16:
         waveform = waveform.astype(np.float32) / INT16_SCALE
@@ -365,7 +365,7 @@ def _waveform(sound: Sound, rate: int) -> np.ndarray:
             f"a waveform of {waveform.dtype}: int16, or finite floats in -1..1, are needed"
         )
     # Waveforms given as floats, and resampling, may exceed full scale.
-    return within_full_scale(crop(resample(waveform.astype(np.float32), rate)))
+    return within_full_scale(resample(waveform.astype(np.float32), rate))
 
 
 # --- Device and precision ---
