@@ -105,7 +105,7 @@ def add_training_options(parser: Parser, data) -> None:
     batches.add_argument(
         "--captions-per-clip", type=positive_int, default=1,
         help="captions of one clip that stand side by side in a batch and share one encoding of "
-        "its sound; an epoch shows the same number of pairs whatever it is (default 1)",
+        "its sound; the number of pairs in an epoch stays the same (default 1)",
     )
     batches.add_argument(
         "--micro-batch", type=positive_int,

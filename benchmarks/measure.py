@@ -18,7 +18,7 @@ from dualenc.audio import to_segments
 from dualenc.data import Batch
 from dualenc.decoding import SAMPLE_RATE
 
-PAIRS = 64  # pairs of the report's batch
+PAIRS = 64  # pairs of a batch, the default of train.py
 TOKENS = 24  # the longest caption of a batch, as a rule
 CLOTHO_CLIPS = 3839  # clips of Clotho's training split
 CLOTHO_PAIRS = 19_195  # their captions

@@ -4,7 +4,7 @@
     python benchmarks/memory.py --device cuda      # on a GPU: bf16, measured beside the prediction
     MALLOC_MMAP_THRESHOLD_=65536 python benchmarks/memory.py --measure fp32    # on a CPU; 10 GiB
 
-64 pairs, whose clips last 15 to 30 s, as Clotho's, or of whose clips half last 10 s, as AudioCaps'.
+64 pairs. On Clotho the clips last 15 to 30 s; on both sets half of them last 10 s, as AudioCaps'.
 To predict, the step is taken on tensors without memory, whose storages are noted as they come and
 go. (malloc is told to give back what is freed.)
 """

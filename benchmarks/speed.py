@@ -129,7 +129,7 @@ def compare_embedding(clip_count: int, ours: DualEncoder, plain: PlainRecipe, ro
 # --- What a GPU reaches ---
 
 def measure_gpu(ours: DualEncoder, rounds: int, workers: int) -> None:
-    """Print what the report's batch of 64 pairs reaches in bf16 on this card."""
+    """Print what a batch of 64 pairs, the default, reaches in bf16 on this card."""
     ours.precision = torch.bfloat16
     ours.train()
     clips = random_clips(mixed_durations(PAIRS))

@@ -87,9 +87,9 @@ def stream_audio(path: AnyPath, faults: list[str] | None = None) -> Iterator[np.
     Each block is mono at 32 kHz, and is divided by its own peak if that is above 1.
 
     Args:
-        faults: a list to which is added in what way the file is shorter or longer than its header
-            says, or that it cannot be read to its end: "is cut off: 1.0 s of 3.0 s are there". The
-            part that can be read is yielded anyway.
+        faults: a list to which a phrase is added if the file is shorter or longer than its header
+            says, or cannot be read to its end: "is cut off: 1.0 s of 3.0 s are there". The part
+            that can be read is yielded anyway.
 
     Raises:
         SoundError: the file is not there, holds no sound that can be decoded, or holds samples that

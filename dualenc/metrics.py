@@ -127,7 +127,7 @@ def bootstrap(
     same clip_of_query (Q,) and seed draw the same clips, so two models' means may be subtracted
     draw by draw (the paired bootstrap).
     """
-    # clips (C,) are those that have queries; clip_index (Q,) tells which of them each query's is.
+    # clips (C,) are those that have queries; clip_index (Q,) is each query's row among them.
     clips, clip_index = np.unique(clip_of_query, return_inverse=True)
     drawn = np.random.default_rng(seed).integers(len(clips), size=(draws, len(clips)))
 

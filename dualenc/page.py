@@ -86,7 +86,8 @@ class Evaluation:
     title: str
     notes: Sequence[str]  # lines below the title
     columns: Sequence[str]  # headings of the table
-    lines: Sequence[tuple[str, Sequence[str]]]  # (label, cells); indented, it belongs to that above
+    # (label, cells) of each line; a line whose label is indented belongs to the one above.
+    lines: Sequence[tuple[str, Sequence[str]]]
     run_folders: Sequence[Path]  # their learning curves are drawn if they hold a log
     clip_names: Sequence[str]  # (N,)
     clip_paths: Sequence[Path]  # (N,)
@@ -375,7 +376,7 @@ def ranking_panels(rank: np.ndarray, n_clips: int) -> dict[str, Panel]:
 LOG_NAME = "log.jsonl"
 LOSSES = ("loss", "contrastive", "distillation")
 LINE_STYLES = {  # {a panel's title: {curve: how it is drawn}}
-    # "interval" is the mean loss of the steps since the log's last line.
+    # "interval" is the mean loss of the last --log-every steps.
     "training loss": {"interval": "-", "loss": ".-", "contrastive": "--", "distillation": ":"},
     "learning rate": {"lr": "-"},
     "validation mAP@10, %": {"mAP@10": ".-"},

@@ -310,11 +310,12 @@ class StoredIndex:
     """The embeddings of one model, on disk in a folder of parts, or only in memory without folder.
 
     A part holds what was new at a save: files, their contents, and the scaled segments of those. A
-    content that several files have is stored once. Parts are read in the order of their
-    names; if two tell of one file, the later counts. So two searches at once need no lock: each
-    writes its own parts, and at worst both embed the same sounds.
+    content that several files have is stored once. Parts are read in the order of their names; if
+    two tell of one file, the later counts. So two searches at once need no lock: each writes its
+    own parts, and at worst both embed the same sounds.
 
-    Beside the parts lies a file DIGEST.unfinished for each content whose embedding has begun.
+    Beside the parts, DIGEST.unfinished holds the vectors of a content whose embedding had begun but
+    not ended at a save.
 
     Attributes:
         files: {path: File}, also files that are not there now.
@@ -363,7 +364,8 @@ class StoredIndex:
                 raise
             except Exception as error:  # torch.load and json pass on whatever their parsers raise.
                 reason = (str(error) or repr(error)).splitlines()[0]
-                tell(f"{part_file}: cannot be read ({reason}); its sounds are embedded again")
+                tell(f"{part_file}: cannot be read ({reason}); its sounds are embedded again. If "
+                     "this is said at every search, remove the file")
                 continue
             for path, file in files.items():
                 path = os.path.normpath(self.folder / path)
@@ -518,8 +520,9 @@ class StoredIndex:
         if are_many or (prune and is_something_forgotten):
             self.merge()
         if prune and self.folder is not None:
-            # What could be read in this folder is embedded by now. So these are of files that are
-            # gone, or, where folders share an index, of another one's that is embedded anew.
+            # All that can be read in this folder is embedded by now. What is left belongs to files
+            # that are gone or cannot be read now, or to another folder that shares this index: its
+            # interrupted recording is then embedded from its beginning.
             for unfinished_file in self.folder.glob("*.unfinished"):
                 unfinished_file.unlink(missing_ok=True)
 

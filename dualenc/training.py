@@ -186,8 +186,8 @@ class Run:
                 raise InputError.of(f"{folder} {headline}", changes)
         elif self.best_path.exists() and (changes or self._validations_in_log() > 1):
             # last.pt was removed, and best.pt must not be overwritten. (A run that was killed in
-            # its first validation, between writing the two files, has at most one in its log, and
-            # with the same settings begins again.)
+            # its first validation, after best.pt and before last.pt was written, has at most one
+            # validation in its log; with the same settings it begins again.)
             raise InputError(
                 f"{folder}: holds a trained best.pt, but no last.pt to resume from; give another "
                 "--out"
