@@ -32,8 +32,8 @@ def parse_arguments():
     models = parser.add_argument_group("models")
     models.add_argument(
         "--teachers", nargs="+", required=True,
-        help="checkpoints, run folders, or published ones by name (salsa, or baseline: the "
-        "official one of DCASE 2025); their sizes may differ",
+        help="checkpoints, run folders, or published ones by name (baseline, DCASE 2025's official "
+        "one, or salsa, that of Primus et al. 2024); their sizes may differ",
     )
     models.add_argument(
         "--init", help="checkpoint from which the student starts (default: the first teacher)"
@@ -100,7 +100,7 @@ def main() -> int:
     # --- The teachers: each embeds the training set once ---
     embeddings_of_teachers = []
     for teacher_file, digest in zip(args.teachers, digests, strict=True):
-        # A file that is there was made in this run, of the same data and in the same precision:
+        # A file that is there was made in this run, of the same captions and in the same precision:
         # where these have changed, open_run has refused to go on, or has removed the file.
         embeddings_file = run.folder / f"teacher-{digest}.pt"
         with first_process_first():

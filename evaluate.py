@@ -68,8 +68,8 @@ def parse_arguments():
     models = parser.add_argument_group("models")
     models.add_argument(
         "--checkpoint", nargs="+", default=[], metavar="CHECKPOINT",
-        help="checkpoints, run folders, or published ones by name (salsa, or baseline: the "
-        "official one of DCASE 2025), each a row of the table (default: the newest "
+        help="checkpoints, run folders, or published ones by name (baseline, DCASE 2025's official "
+        "one, or salsa, that of Primus et al. 2024), each a row of the table (default: the newest "
         "runs/**/best.pt)",
     )
     models.add_argument(
@@ -145,6 +145,7 @@ def main() -> None:
         annotations = read_annotations(annotations_csv, split)
 
     # --- The models, as their checkpoints describe them: none may have seen the split ---
+    # A row is one checkpoint, or all members of the ensemble.
     members_of_rows = [[name] for name in args.checkpoint]
     if args.ensemble:
         members_of_rows.append(args.ensemble)
@@ -307,8 +308,8 @@ def join_embeddings(members: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, T
     """Return the audio (N, D) and text (Q, D) embeddings of an ensemble, of unit norm.
 
     `members` are the (audio, text) embeddings of its models, whose widths may differ. When they are
-    joined side by side, a product of audio and text is the sum of the members' cosines; scaled to
-    unit norm, it is the mean of them.
+    joined side by side, a product of audio and text is the sum of the members' cosines; once both
+    are scaled to unit norm, it is their mean.
     """
     audio = torch.cat([audio for audio, _ in members], dim=1)
     text = torch.cat([text for _, text in members], dim=1)

@@ -4,8 +4,10 @@
     python train.py --datasets clotho              # row 1
     python train.py --datasets my_sounds/          # a folder of sounds with a captions.csv
 
-Rows 1 and 3 are what the report calls baseline models: the official baseline of DCASE 2025, which
-is trained as stage 1 is here. The same command resumes a run that was interrupted.
+The report's own models are rows 2 and 4 (distill.py). Rows 1 and 3, which it calls baseline models,
+are the official baseline of DCASE 2025, which is trained as stage 1 is here.
+
+The same command resumes a run that was interrupted.
 """
 
 import contextlib
@@ -236,7 +238,7 @@ def name_of_precision(model: DualEncoder) -> str:
 
 
 def folder_names(datasets: list[str]) -> list[str]:
-    """Return the values of --datasets without the paths that lead to folders.
+    """Return the values of --datasets, a folder's without the path that leads to it.
 
     ["clotho", "recordings/my_sounds/"] -> ["clotho", "my_sounds"].
     """
@@ -400,7 +402,8 @@ def progress_over(args, run: Run, batches: PairBatches, last_step: int, pin_memo
         os.setpgrp()  # Ctrl-C and SIGTERM are for the main process alone.
         run.close()  # The worker has a copy of the open log, and so of its lock.
 
-    # batches[i] is the batch of the run's step i, in any epoch; len(batches) counts those of one.
+    # batches[i] is the batch of the run's step i, in any epoch; len(batches) is the number of
+    # batches in one epoch.
     loader = DataLoader(
         batches, batch_size=None, sampler=range(run.step, last_step), num_workers=args.workers,
         pin_memory=pin_memory,

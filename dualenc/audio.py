@@ -26,9 +26,9 @@ HOP_SAMPLES = 320  # 10 ms
 SEGMENT_FRAMES = SEGMENT_SAMPLES // HOP_SAMPLES  # 1000
 MEL_BANDS = 128
 
-# Segments computed at a time. A CPU's caches hold the spectra of one segment, and PaSST's
-# activations of two: a segment takes 0.15 s in chunks of two, 0.21 s in chunks of 24 (the report's
-# sizes, bf16).
+# Segments computed at a time. A CPU's caches hold the spectra of one segment, or PaSST's
+# activations of two: in PaSST a segment takes 0.15 s in chunks of two, 0.21 s in chunks of 24 (the
+# report's sizes, bf16).
 CPU_LOG_MEL_CHUNK = 1
 CPU_PASST_CHUNK = 2
 GPU_CHUNK = 64
@@ -80,13 +80,13 @@ def _mel_filters(fmin: float, fmax: float, device: torch.device) -> Tensor:
     kaldi = torchaudio.compliance.kaldi
     # get_mel_banks asks for a warping of frequencies, but a factor of 1 warps nothing.
     warp = dict(vtln_low=100.0, vtln_high=-500.0, vtln_warp_factor=1.0)
-    with device:
+    with device:  # get_mel_banks makes its tensors there
         filters, _ = kaldi.get_mel_banks(MEL_BANDS, 1024, SAMPLE_RATE, fmin, fmax, **warp)
     return F.pad(filters, (0, 1))
 
 
 class LogMel(AugmentMelSTFT):
-    """hear21passt's log-mel, in chunks; outside training its filters are made only once.
+    """hear21passt's log-mel, in chunks; outside training its filters are kept.
 
     In training the lowest and the highest frequency of the filters are drawn anew at each call,
     from 0 to 9 Hz and from 14 to 16 kHz. Masking of frequencies and times (SpecAugment) is off, as
@@ -183,8 +183,8 @@ class AudioTower(nn.Module):
         self, width: int, depth: int, heads: int, patch: tuple[int, int], patchout: tuple[int, int]
     ):
         super().__init__()
-        # hear21passt is imported here, since it loads timm and torchvision, for which --help and
-        # the refusal of bad input need not wait.
+        # This part of hear21passt is imported here, since it loads timm and torchvision, for which
+        # --help and the refusal of bad input need not wait.
         from hear21passt.models import passt
 
         passt.first_RUN = False  # Otherwise hear21passt prints every shape of its first forward.

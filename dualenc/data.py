@@ -2,8 +2,9 @@
 
     python -m dualenc.data check FOLDER    # what is there, and what is wrong with it
 
-Batches and crops are seeded from (seed, epoch) and (seed, epoch, clip), so that data workers,
-processes and resumed runs make the same. What is held out of a folder is the same for every seed.
+Batches and crops are seeded from (seed, epoch) and (seed, epoch, clip), so that they are the same
+in any data worker, in any process and in a resumed run. What is held out of a folder is the same
+for every seed.
 
 A pair is a clip and one of its captions, so there are as many pairs as captions.
 
@@ -84,7 +85,7 @@ class Split:
         """Describe the split for a run's settings, which must be the same when a run is resumed.
 
         A folder may be renamed or moved in between, so the text holds neither its name nor its
-        sounds' paths.
+        sounds' paths: `dataset` is then a digest of its captions (parse_split_name).
         """
         _, dataset, part = parse_split_name(self.name)
         digest = short_digest([[clip.name, clip.captions] for clip in self.clips])
@@ -101,12 +102,12 @@ class Split:
 
 
 def parse_split_name(name: str) -> tuple[str, str, str]:
-    """Return the title, the data set and the part that a split's name tells.
+    """Return a split's title, the data set that it is a part of, and which part it is.
 
-    "clotho/development" -> ("clotho", "clotho", "development"). A user's folder has the parts
-    "train", "val" and "all". Its title is the folder's name. The data set itself is known by a
-    digest of its captions, since the folder may be renamed or moved:
-    "my_sounds@1a2b3c4d/val" -> ("my_sounds", "1a2b3c4d", "val").
+    The title is what a data set is called, and most are known by it: "clotho/development" ->
+    ("clotho", "clotho", "development"). A user's folder may be renamed or moved, so it is known by
+    a digest of its captions: "my_sounds@1a2b3c4d/val" -> ("my_sounds", "1a2b3c4d", "val"). Its
+    parts are "train", "val" and "all".
     """
     title_and_digest, _, part = name.rpartition("/")
     title, _, dataset = title_and_digest.rpartition("@")
@@ -228,7 +229,7 @@ def read_csv(table: Path, columns: Sequence[str], row_hint: str = "") -> list[di
     rows = []
     faulty_rows = []
     present_columns: Sequence[str] = ()  # It stays empty, and so is refused, if reading fails.
-    fault = "has other columns"
+    fault = "has other columns"  # what a message says, unless reading fails
     try:
         with open(table, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
@@ -462,7 +463,7 @@ def training_splits(
             parts = ["train"]
         elif dataset == "audiocaps":
             parts = ["train", "val", "test"]  # They are merged (section 3).
-        elif dataset == validation:
+        elif Path(dataset).resolve() == Path(validation).resolve():
             parts = ["train"]  # The rest of the folder validates.
         else:
             parts = ["all"]
@@ -553,8 +554,8 @@ class PairBatches(torch.utils.data.Dataset):
 
     Its length is the number of batches of one epoch, and items go on beyond it, epoch after epoch.
     An epoch puts all pairs in a new order, in which captions_per_clip captions of one clip stand
-    side by side, and shows as many as fill whole batches. The few left over are not shown, so that
-    the loss always compares equally many pairs.
+    side by side, and cuts it into whole batches. The few pairs left over are not shown, so that the
+    loss always compares equally many pairs.
     """
 
     def __init__(

@@ -86,10 +86,10 @@ def query_metrics(relevant_ranks: Sequence[Tensor]) -> dict[str, Tensor]:
     `relevant_ranks` is what ranks() returns: for each query the ranks of all its relevant
     candidates, ascending from 1.
 
-    Average precision at k (AP@k) is the sum, over the relevant candidates that rank within k, of
-    (their rank among the relevant) / rank, divided by the number of all relevant candidates, not
-    by the smaller of that number and k. Its mean over all queries is mAP@k. R@k is 1 where any
-    relevant candidate ranks within k.
+    For average precision at k (AP@k), each relevant candidate that ranks within k gives (its rank
+    among the relevant) / (its rank). AP@k is the sum of these, divided by the number of all
+    relevant candidates, not by the smaller of that number and k. Its mean over all queries is
+    mAP@k. R@k is 1 where any relevant candidate ranks within k.
 
     An example: three candidates are relevant, and they rank 1st, 3rd and 12th.
 

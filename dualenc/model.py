@@ -315,9 +315,9 @@ class DualEncoder(nn.Module):
 def _scale_to_width(tower: nn.Module, ratio: float) -> None:
     """Multiply a tower's random matrices by the square root of the ratio.
 
-    Both libraries draw all but PaSST's patch embedding with a standard deviation of 0.02, whatever
-    the width. In a narrow tower the first token would then hardly depend on the others, and
-    training would stand still at first.
+    Both libraries draw them with a standard deviation of 0.02, whatever the width. In a narrow
+    tower the first token would then hardly depend on the others, and training would stand still at
+    first. (PaSST's patch embedding is drawn otherwise, and is multiplied all the same.)
 
     Args:
         ratio: the width of the report's tower / the width of this one.

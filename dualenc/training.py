@@ -5,6 +5,7 @@
     runs/NAME/last.pt     the state of the run: the model, and all that resuming needs
     runs/NAME/best.pt     the model of the best epoch by validation mAP@10
     runs/NAME/curves.svg  losses, learning rate and validation mAP@10
+    runs/NAME/teacher-*   in stage 2, a teacher's embeddings of the training set
 """
 
 import contextlib
@@ -54,8 +55,8 @@ def seed_of(*numbers: int) -> int:
 
 # --- Processes: a single one, or several that torchrun started ---
 
-# The number of processes, and this one's among them. torchrun sets both variables; a RANK without a
-# WORLD_SIZE was set by something else.
+# The number of processes, and this one's rank, counted from 0. torchrun sets both variables; a
+# RANK without a WORLD_SIZE was set by something else.
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
 # How long the others wait while the first one decodes, embeds with the teachers or validates.
@@ -139,7 +140,7 @@ class StopRequest:
 # --- What a run leaves, and how the same command resumes it ---
 
 # Settings that may change when a run is resumed. The paths of data and of teachers are among them,
-# since digests of their contents are compared instead.
+# since digests are compared instead: of names and captions, and of the teachers' files.
 MAY_CHANGE = {
     "out", "datasets", "validation", "data_dir", "cache_dir", "device", "workers", "epochs",
     "max_steps", "save_every", "log_every", "micro_batch", "teachers",
@@ -185,9 +186,9 @@ class Run:
                 headline = "holds a run with other settings; give its settings, or another --out"
                 raise InputError.of(f"{folder} {headline}", changes)
         elif self.best_path.exists() and (changes or self._validations_in_log() > 1):
-            # last.pt was removed, and best.pt must not be overwritten. (A run that was killed in
-            # its first validation, after best.pt and before last.pt was written, has at most one
-            # validation in its log; with the same settings it begins again.)
+            # Then last.pt was removed, and best.pt must not be overwritten. In a run that was
+            # killed in its first validation, between writing best.pt and last.pt, the settings are
+            # the same and the log tells of one validation at most: it begins again, below.
             raise InputError(
                 f"{folder}: holds a trained best.pt, but no last.pt to resume from; give another "
                 "--out"
@@ -233,7 +234,7 @@ class Run:
                 shown = "teachers" if key == "teacher_digests" else key
                 was = logged.get(shown)
                 now = settings.get(shown)
-                if was == now:  # The digests differ, the paths do not.
+                if was == now:  # As of teachers: the digests differ, not the paths.
                     now = "files of the same names with other contents"
                 changes.append(f"{shown}: was {was}, now {now}")
         return changes

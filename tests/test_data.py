@@ -313,6 +313,13 @@ def test_a_folder_can_validate_what_is_trained_on_clotho(tmp_path):
     assert dataset_and_part(validation) == ("mine", "val")
 
 
+def test_a_folder_that_validates_may_be_spelled_otherwise(tmp_path):
+    folder = write_folder(tmp_path / "mine", 4)
+    (train,), validation = training_splits([f"{folder}/"], str(folder), tmp_path)
+    assert dataset_and_part(train) == ("mine", "train")
+    assert dataset_and_part(validation) == ("mine", "val")
+
+
 def test_clotho_validates_what_is_trained_on_audiocaps_alone(tmp_path):
     write_clotho_and_audiocaps(tmp_path)
     _, validation = training_splits(["audiocaps"], None, tmp_path)
