@@ -2,7 +2,7 @@
 # The four rows of Table 1. For each of the two training sets, two teachers are trained, of which the
 # first is a row, and a student, which is another. Then all four are evaluated.
 #
-#   ./demo.sh                            on miniature data, in seven minutes on two cores
+#   ./demo.sh                            on miniature data, in five to seven minutes on two cores
 #   SEEDS="0 1 2 3 4" ./demo.sh          with several seeds: means and standard deviations
 #   DATA=data PRESET=report ./demo.sh    on the real data in data/, with the report's settings
 #
