@@ -640,10 +640,10 @@ def write_miniature(folder: Path, sizes: dict[str, int] = CLIPS) -> str:
     Args:
         sizes: {split: number of its clips}.
     """
-    folder = folder.absolute()  # "." has no name beside which another folder could be made.
     if folder.exists() and any(folder.iterdir()):
         return f"{folder}: is there already, and left as it is."
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    target = folder.absolute()  # "." has no name of its own.
+    unfinished = target.with_name(f".{target.name}.unfinished")
     with ProcessPoolExecutor(usable_cores()) as pool:
         for split, count in sizes.items():
             (unfinished / SPLITS[split].sounds.format(split)).mkdir(parents=True, exist_ok=True)
@@ -651,7 +651,7 @@ def write_miniature(folder: Path, sizes: dict[str, int] = CLIPS) -> str:
             written = pool.map(write, range(count))
             bar = tqdm(written, split, count, unit="clip", leave=False, disable=None)
             write_tables(unfinished, split, list(bar))
-    unfinished.replace(folder)
+    unfinished.replace(target)
     return f"{folder}: {sum(sizes.values())} clips with captions and annotations."
 
 

@@ -247,6 +247,14 @@ def test_a_clip_follows_from_its_key_however_many_others_there_are(folder, tmp_p
         assert (tmp_path / sound).read_bytes() == (folder / sound).read_bytes()
 
 
+def test_an_empty_folder_may_be_named_by_a_dot(tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    miniature.write_miniature(Path("."), dict.fromkeys(SIZES, 1))
+    assert len(list(here.rglob("*.wav"))) == len(SIZES)
+
+
 def test_an_interrupted_folder_is_completed(folder, tmp_path, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
