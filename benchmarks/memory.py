@@ -1,7 +1,6 @@
 """The peak memory of a training step and of embedding, predicted without a GPU.
 
-    python benchmarks/memory.py                    # the table, in some ten minutes
-    python benchmarks/memory.py --device cuda      # on a GPU: bf16, measured beside the prediction
+    python benchmarks/memory.py    # the table, in some ten minutes; on a GPU it is also measured
     MALLOC_MMAP_THRESHOLD_=65536 python benchmarks/memory.py --measure fp32    # on a CPU; 10 GiB
 
 64 pairs. On Clotho the clips last 15 to 30 s; on both sets half of them last 10 s, as AudioCaps'.
@@ -177,7 +176,7 @@ def measure_cpu(precision: torch.dtype | None) -> float:
 
 
 def main() -> None:
-    args = options(__doc__, measure="", device="cpu")
+    args = options(__doc__, measure="", device="auto")
     if args.measure:
         precision = PRECISIONS[args.measure]
         measured = measure_cpu(precision)
@@ -195,7 +194,7 @@ def main() -> None:
     if device.type == "cuda":
         print(f"and measured on {machine(device)}")
         # A prediction takes half a minute of the CPU, for which a rented GPU would wait.
-        pieces_of = (64, 16, 4)
+        pieces_of = (64, 8)
         precisions = ["bf16"]
     works = []
     for data, batch, teachers in (

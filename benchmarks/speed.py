@@ -133,7 +133,7 @@ def measure_gpu(ours: DualEncoder, rounds: int, workers: int) -> None:
     ours.precision = torch.bfloat16
     ours.train()
     clips = random_clips(mixed_durations(PAIRS))
-    batch = batch_of(clips, torch.full((PAIRS, TOKENS), 5))
+    batch = batch_of(clips, torch.full((PAIRS, TOKENS), 5)).pin_memory()  # as train.py's loader
     optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
 
     def step() -> None:
@@ -175,20 +175,27 @@ def measure_matrix_product(device: torch.device) -> float:
 def measure_loading(model: DualEncoder, workers: int, steps: int = 20) -> float:
     """Return the seconds between batches of 64 pairs that data workers read from the cache."""
     with tempfile.TemporaryDirectory() as folder:
-        paths = write_noise(
-            Path(folder), 2 * PAIRS, shortest_s=15, longest_s=30, rate=SAMPLE_RATE, channels=1
-        )
+        sounds = {"rate": SAMPLE_RATE, "channels": 1}
+        paths = []
+        for name, (shortest_s, longest_s) in {"short": (10, 10), "long": (15, 30)}.items():
+            subfolder = Path(folder, name)
+            subfolder.mkdir()
+            paths += write_noise(subfolder, PAIRS, shortest_s, longest_s, **sounds)
         lines = ["file_name,caption"]
         for path, caption in zip(paths, random_captions(len(paths)), strict=True):
-            lines.append(f"{path.name},{caption}")
+            lines.append(f"{path.relative_to(folder)},{caption}")
         Path(folder, "captions.csv").write_text("\n".join(lines))
         split = read_split(folder, "all", Path(folder))
         decode_splits([split], Path(folder, "cache"))
         batches = PairBatches([split], model.tokenizer, PAIRS)
+        # A worker prepares two batches ahead. So many are taken before those that are timed, and
+        # left after them, so that all workers have started and none has ended.
+        ahead = 2 * workers + 1
         loader = iter(DataLoader(
-            batches, batch_size=None, sampler=range(5 + steps), num_workers=workers, pin_memory=True
+            batches, batch_size=None, sampler=range(ahead + steps + ahead), num_workers=workers,
+            pin_memory=True, multiprocessing_context="fork" if workers > 0 else None,
         ))
-        for _ in range(5):  # the workers have started, and what they prepare ahead is used up
+        for _ in range(ahead):
             next(loader)
         return seconds_of(partial(next, loader), steps)
 

@@ -210,7 +210,7 @@ def test_clips_have_as_many_captions_as_the_real_ones(splits):
             assert len(set(clip.captions)) == captions
 
 
-def test_both_data_sets_are_band_limited_alike(folder):
+def test_both_data_sets_have_one_sample_rate(folder):
     for path in folder.rglob("*.wav"):
         with wave.open(str(path)) as file:
             assert file.getframerate() == RATE_HZ
@@ -388,6 +388,21 @@ def test_a_sound_is_of_the_scene_that_its_captions_tell(splits):
                 assert level > 0.008, clip
             elif sources <= {"bird", "rain", "clock"}:
                 assert level < 0.006, clip
+
+
+@pytest.mark.parametrize("split", SIZES)
+def test_the_scene_of_a_clips_captions_is_the_one_that_is_rendered(split, tmp_path, monkeypatch):
+    render_scene = miniature.render
+    rendered = []
+
+    def note_and_render(scene, *arguments):
+        rendered.append(scene)
+        return render_scene(scene, *arguments)
+
+    monkeypatch.setattr(miniature, "render", note_and_render)
+    (tmp_path / miniature.SPLITS[split].sounds.format(split)).mkdir(parents=True)
+    clips = [miniature.write_clip(tmp_path, split, index) for index in range(3)]
+    assert [clip.scene for clip in clips] == rendered
 
 
 @pytest.mark.parametrize(

@@ -679,12 +679,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, run, monkeypatch):
     assert files_of(run) == before
 
 
-def test_weights_that_are_not_finite_are_not_saved(data, run, monkeypatch):
+@pytest.mark.parametrize(
+    ("step", "options"),
+    [(2 * STEPS_PER_EPOCH, []), (STEPS_PER_EPOCH + 1, ["--max-steps", STEPS_PER_EPOCH + 1])],
+    ids=["at an epoch's end", "within an epoch"],
+)
+def test_weights_that_are_not_finite_are_not_saved(data, run, monkeypatch, step, options):
     steps = itertools.count(start=STEPS_PER_EPOCH + 1)
 
-    def nan_gradient_in_step_6(audio, *rest):
+    def nan_gradient_in_one_step(audio, *rest):
         loss = (0 * audio).sum()
-        if next(steps) == 2 * STEPS_PER_EPOCH:
+        if next(steps) == step:
             # The gradient of a root of zero is infinite, and times zero no number.
             loss = loss + (0 * audio).abs().sqrt().sum()
         return {"loss": loss}
@@ -692,9 +697,10 @@ def test_weights_that_are_not_finite_are_not_saved(data, run, monkeypatch):
     before = files_of(run)
     # Validation may not notice: all that is not finite may be rows of tokens that no caption has.
     set_validation_ranks(monkeypatch, (1, 1, 1))
-    monkeypatch.setattr(train, "stage_1_loss", nan_gradient_in_step_6)
-    with pytest.raises(InputError, match="step 6: .*weights are not finite.*last.pt is as it was"):
-        run_train(monkeypatch, data, run)
+    monkeypatch.setattr(train, "stage_1_loss", nan_gradient_in_one_step)
+    message = f"step {step}: .*weights are not finite.*last.pt is as it was"
+    with pytest.raises(InputError, match=message):
+        run_train(monkeypatch, data, run, *options)
     assert files_of(run) == before
 
 
