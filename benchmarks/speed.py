@@ -133,7 +133,8 @@ def measure_gpu(ours: DualEncoder, rounds: int, workers: int) -> None:
     ours.precision = torch.bfloat16
     ours.train()
     clips = random_clips(mixed_durations(PAIRS))
-    batch = batch_of(clips, torch.full((PAIRS, TOKENS), 5)).pin_memory()  # as train.py's loader
+    # train.py's batches lie in pinned memory, too.
+    batch = batch_of(clips, torch.full((PAIRS, TOKENS), 5)).pin_memory()
     optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
 
     def step() -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dualenc.errors import InputError, replacing
+from dualenc.errors import InputError, first_line, replacing
 
 AnyPath = str | os.PathLike
 
@@ -149,14 +149,13 @@ def _answer(published: Published, url: str) -> Iterator[HTTPResponse]:
         with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:
             yield response
     except (OSError, HTTPException) as error:
-        raise _not_fetched(published, url, str(error) or repr(error)) from error
+        raise _not_fetched(published, url, first_line(error)) from error
 
 
 def _not_fetched(published: Published, url: str, reason: str) -> InputError:
-    reason = reason.splitlines()[0][:120]
     return InputError(
-        f"{published.title} cannot be fetched from {url} ({reason}); nothing was kept: run again, "
-        f"or copy it to {published.path()} yourself{published.alternative}"
+        f"{published.title} cannot be fetched from {url} ({reason[:120]}); nothing was kept: run "
+        f"again, or copy it to {published.path()} yourself{published.alternative}"
     )
 
 
@@ -199,7 +198,7 @@ def _read(path: Path) -> object:
     try:
         return _load(path)
     except Exception as error:  # torch.load passes on whatever its parsers raise.
-        reason = (str(error) or repr(error)).splitlines()[0][:80]
+        reason = first_line(error)[:80]
         remedy = ""
         if path.parent == PASST.path().parent:  # torch's hub folder, to which all is fetched
             remedy = "; delete it and run again, and it is fetched anew"

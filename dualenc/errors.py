@@ -41,6 +41,11 @@ def counted(count: int, singular: str, plural: str | None = None) -> str:
     return f"{count:,} {plural or singular + 's'}"
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or the error's name if it has no message."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
 # --- Options ---
 
 

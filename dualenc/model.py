@@ -28,7 +28,7 @@ from dualenc.checkpoints import load_strictly, published_passt, read_checkpoint
 from dualenc.decoding import (
     INT16_SCALE, SAMPLE_RATE, AnyPath, load_audio, resample, to_int16, within_full_scale,
 )
-from dualenc.errors import InputError
+from dualenc.errors import InputError, first_line
 from dualenc.text import (
     PAD_ID, ROBERTA, TextTower, load_tokenizer, published_roberta, set_truncation, tokenize,
     train_bpe,
@@ -395,7 +395,7 @@ def _usable_device(name: str) -> torch.device:
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"device {name}: cannot be used here ({reason}); try cpu") from error
 
 
@@ -406,8 +406,7 @@ def _explain_unused_gpu() -> None:
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        print(f"a GPU is here, but torch cannot use it: {reason}", file=sys.stderr)
+        print(f"a GPU is here, but torch cannot use it: {first_line(error)}", file=sys.stderr)
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype | None:

@@ -40,7 +40,8 @@ from dualenc import audio, decoding, page
 from dualenc.checkpoints import checkpoint_file, newest_checkpoint, save_atomically
 from dualenc.data import read_csv
 from dualenc.errors import (
-    InputError, Parser, check_output_file, counted, positive_int, printable, replacing, run_command,
+    InputError, Parser, check_output_file, counted, first_line, positive_int, printable, replacing,
+    run_command,
 )
 from dualenc.model import PRECISIONS, DualEncoder, choose_device, choose_precision
 
@@ -363,9 +364,8 @@ class StoredIndex:
             except PermissionError:
                 raise
             except Exception as error:  # torch.load and json pass on whatever their parsers raise.
-                reason = (str(error) or repr(error)).splitlines()[0]
-                tell(f"{part_file}: cannot be read ({reason}); its sounds are embedded again. If "
-                     "this is said at every search, remove the file")
+                tell(f"{part_file}: cannot be read ({first_line(error)}); its sounds are embedded "
+                     "again. If this is said at every search, remove the file")
                 continue
             for path, file in files.items():
                 path = os.path.normpath(self.folder / path)
@@ -503,9 +503,14 @@ class StoredIndex:
         """Read what an interrupted run embedded of a content: (s, D), s = 0 if there is nothing."""
         if self.folder is None:
             return self._no_segments
+        unfinished_file = self._unfinished_file(digest)
         try:
-            return torch.load(self._unfinished_file(digest), weights_only=True)
-        except Exception:  # There is none, or it is damaged: then all segments are embedded.
+            return torch.load(unfinished_file, weights_only=True)
+        except FileNotFoundError:
+            return self._no_segments
+        except Exception as error:  # torch.load passes on whatever its parsers raise.
+            tell(f"{unfinished_file}: cannot be read ({first_line(error)}); its recording is "
+                 "embedded from its beginning")
             return self._no_segments
 
     def _unfinished_file(self, digest: str) -> Path:

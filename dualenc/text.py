@@ -19,7 +19,7 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer, processors
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from dualenc.errors import InputError
+from dualenc.errors import InputError, first_line
 
 MAX_TOKENS = 32  # tokens, <s> and </s> included (section 4)
 PAD_ID = 1
@@ -118,7 +118,7 @@ def _from_pretrained(loader: type, source: str | os.PathLike, remedy: str, **opt
         cached_only = local or not _hub_answers()
         return loader.from_pretrained(str(source), local_files_only=cached_only, **options)
     except Exception as error:  # transformers passes on whatever its parsers raise.
-        reason = (str(error).strip() or repr(error)).splitlines()[0].rstrip(":.")
+        reason = first_line(error).rstrip(":.")
         action = "read as a RoBERTa" if local else "fetched from the Hugging Face hub"
         raise InputError(
             f"{source}: cannot be {action} ({reason}): {remedy}"

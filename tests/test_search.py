@@ -875,17 +875,18 @@ def test_known_files_do_not_wait_for_the_block_of_a_new_one(tiny_model):
     assert len(taken) == search.EMBED_SEGMENTS
 
 
-def test_a_damaged_file_of_unfinished_vectors_is_passed_over(
-    tiny_model, long_sounds, interrupt_at
+def test_a_damaged_file_of_unfinished_vectors_is_reported_and_passed_over(
+    tiny_model, long_sounds, interrupt_at, capsys
 ):
     interrupt_at(5)
     with pytest.raises(KeyboardInterrupt):
         build(tiny_model, long_sounds)
-    for path in unfinished_files(long_sounds):
-        path.write_bytes(path.read_bytes()[:100])
+    (damaged,) = unfinished_files(long_sounds)
+    damaged.write_bytes(damaged.read_bytes()[:100])
     embedded = interrupt_at(None)
     assert build(tiny_model, long_sounds).names == ["recording.wav"]
     assert len(embedded) == 7
+    assert f"{damaged}: cannot be read (" in capsys.readouterr().err
 
 
 def all_end(threads: int) -> bool:
